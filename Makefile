@@ -1,0 +1,63 @@
+# One virtual environment, made once. torch goes in first and pinned, so that no other requirement can pull another
+# build of it; to choose a build or an index, say for example  make test TORCH="torch==2.13.0 --index-url URL".
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+WORKERS ?= 2
+VENV := .venv
+BIN := $(VENV)/bin
+RUNS := runs
+
+export OMP_NUM_THREADS ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help demo test check docs slow lint format types clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo    BiSSL on the images of the repository: a table and a figure"
+	@echo "make test    the tests, on $(WORKERS) workers"
+	@echo "make check   what continuous integration runs: lint, types, tests, docs"
+	@echo "make docs    the documentation, built strictly into site/"
+	@echo "make slow    the tests that take minutes"
+	@echo "make lint | format | types | clean"
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --progress-bar off $(TORCH)
+	@touch $@
+
+# one stamp for each extra of pyproject.toml
+$(VENV)/.extra-%: $(VENV)/.torch pyproject.toml
+	$(BIN)/pip install --quiet --progress-bar off -e '.[$*]'
+	@touch $@
+
+demo: $(VENV)/.extra-ssl
+	$(BIN)/python -m ssl_tasks bissl --preset small --out $(RUNS)/bissl
+	@echo "table and options: $(RUNS)/bissl/results.json    figure: $(RUNS)/bissl/figure.png"
+
+test: $(VENV)/.extra-test
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+slow: $(VENV)/.extra-test
+	$(BIN)/python -m pytest -n $(WORKERS) -m slow
+
+lint: $(VENV)/.extra-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.extra-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(VENV)/.extra-dev
+	$(BIN)/mypy
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+docs: $(VENV)/.extra-docs
+	$(BIN)/mkdocs build --strict --quiet --site-dir site
+
+check: lint types test docs
+
+clean:
+	rm -rf $(VENV) site build dist runs *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
