@@ -1,0 +1,240 @@
+"""What a linear solver is, what it returns, and how every solver here begins and ends.
+
+A solver is an immutable value; `solve(op, b)` returns a `Solution` for A x = b. Nothing in a solve reads a tensor's
+value unless `check_every` asks for it, so that a solve runs on an accelerator without waiting, and inside `vmap`,
+`torch.compile(fullgraph=True)` and fake tensors. After convergence the remaining iterations change nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from hypergrad._functional import in_transform
+from hypergrad._result import Result
+from hypergrad.operators import Operator
+
+CheckEvery = Literal["auto"] | int | None
+"""How often an iterative solver asks the device whether it may stop: see `CG`."""
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What a solve returns. A pytree; every field is a tensor on the device of the right-hand side.
+
+    Attributes:
+        x: the solution, or the best iterate there is, shape (n,); finite wherever the start is.
+        result: the `Result` code, a 0-dim int64 tensor.
+        num_steps: iterations that changed x, 0-dim int64.
+        num_products: products with the operator or its transpose, all included, 0-dim int64.
+        residual_norm: norm(b - A x), 0-dim; from the solver's recurrence where its class says so.
+    """
+
+    x: Tensor
+    result: Tensor
+    num_steps: Tensor
+    num_products: Tensor
+    residual_norm: Tensor
+
+
+pytree.register_dataclass(Solution)
+
+
+class Solver(ABC):
+    """A way to solve A x = b from products with A.
+
+    Attributes:
+        requires_symmetric: whether `solve` refuses an operator that is not marked symmetric.
+        uses_initial: whether `solve` accepts `x0`; a direct solver has no use for one and refuses it.
+    """
+
+    requires_symmetric: ClassVar[bool]
+    uses_initial: ClassVar[bool]
+
+    @abstractmethod
+    def solve(self, op: Operator, b: Tensor, *, x0: Tensor | None = None) -> Solution:
+        """Return the solution of A x = b, started at `x0` (default: zero).
+
+        Args:
+            op: the operator A.
+            b: the right-hand side, shape (op.size,), of the operator's dtype.
+            x0: where to start, shaped as `b`.
+
+        Raises:
+            ValueError: if the system does not suit the solver: see `check_system`.
+        """
+
+
+def check_system(solver: Solver, op: Operator, b: Tensor, x0: Tensor | None) -> None:
+    """Raise a ValueError that names what of the system A x = b does not suit `solver`."""
+    name = type(solver).__name__
+    if b.shape != (op.size,):
+        raise ValueError(
+            f"{name} expects b of shape ({op.size},), the size of the operator, got {tuple(b.shape)}."
+        )
+    if b.dtype != op.dtype:
+        raise ValueError(
+            f"{name} expects b of dtype {op.dtype}, the operator's, got {b.dtype}. Convert one of them."
+        )
+    if solver.requires_symmetric and not op.symmetric:
+        raise ValueError(
+            f"{name} needs a symmetric operator, and this one is not marked symmetric. Use GMRES or Exact, "
+            "or pass symmetric=True if A equals its transpose."
+        )
+    if x0 is None:
+        return
+    if not solver.uses_initial:
+        raise ValueError(
+            f"{name} is a direct solver and cannot start from x0. Leave x0=None (warm_start=False), "
+            "or use CG, MINRES or GMRES."
+        )
+    if x0.shape != b.shape or x0.dtype != b.dtype:
+        raise ValueError(
+            f"{name} expects x0 like b, shape {tuple(b.shape)} and dtype {b.dtype}, "
+            f"got {tuple(x0.shape)} and {x0.dtype}."
+        )
+
+
+def reads_allowed(b: Tensor) -> bool:
+    """Return whether a value of `b` could be read here: no trace, no transform, no fake tensor."""
+    return type(b) in (Tensor, torch.nn.Parameter) and not in_transform()
+
+
+def check_interval(check_every: CheckEvery, b: Tensor, name: str) -> int:
+    """Return after how many steps to ask whether to stop; 0 for never.
+
+    Raises:
+        ValueError: if an explicit `check_every` meets a solve in which values cannot be read.
+    """
+    if check_every is None:
+        return 0
+    if check_every == "auto":
+        return 1 if b.device.type == "cpu" and reads_allowed(b) else 0
+    if in_transform():
+        raise ValueError(
+            f"{name}(check_every={check_every}) reads a value every {check_every} steps, which torch.func transforms "
+            "and torch.compile do not allow. Use check_every=None, or 'auto'."
+        )
+    return check_every
+
+
+class Start(NamedTuple):
+    """A system A d = r for the correction to `x`, scaled so that the largest entry of r is 1 (or r is zero).
+
+    Attributes:
+        x: the start; zero if x0 is absent or of no use.
+        r: (b - A x) / scale, zero if that is not finite.
+        scale: the factor that takes d and r back to the units of b.
+        tol: the norm of r at which a solve may stop, in the units of r.
+        b_norm: norm(b), computed without overflow.
+        finite: whether b and the first residual are finite.
+        num_products: products spent so far.
+    """
+
+    x: Tensor
+    r: Tensor
+    scale: Tensor
+    tol: Tensor
+    b_norm: Tensor
+    finite: Tensor
+    num_products: int
+
+
+def start(op: Operator, b: Tensor, x0: Tensor | None, *, rtol: float, atol: float) -> Start:
+    """Return the scaled system from which an iterative solver begins.
+
+    The solve stops when norm(b - A x) <= max(rtol * norm(b), atol). The tolerance is never below eps^2 times the first
+    residual: a recurrence that falls further says nothing about x.
+    """
+    b_scale = torch.linalg.vector_norm(b, float("inf")) if b.numel() else b.new_zeros(())
+    finite = b_scale < float("inf")
+    b_unit = torch.where(b_scale > 0, b_scale, 1.0)
+    b_norm = torch.linalg.vector_norm(b / b_unit) * b_unit
+    if x0 is None:
+        x, r, scale, num_products = torch.zeros_like(b), b, b_scale, 0
+    else:
+        x = torch.where(b_scale > 0, x0, 0.0)
+        r = b - op.mv(x)
+        r_scale = torch.linalg.vector_norm(r, float("inf")) if b.numel() else b.new_zeros(())
+        usable = (r_scale < float("inf")) & torch.isfinite(x).all()
+        finite = finite & usable
+        x, num_products = torch.where(usable, x, 0.0), 1
+        scale = torch.where(usable, r_scale, b_scale)
+        r = torch.where(usable, r, b)
+    scale = torch.where(finite & (scale > 0), scale, 1.0)
+    r = torch.where(finite, r / scale, 0.0)
+    eps = torch.finfo(b.dtype).eps
+    tol = (b_norm / scale * rtol).clamp(min=eps * eps)
+    if atol > 0:
+        tol = torch.maximum(tol, atol / scale)
+    return Start(x, r, scale, tol, b_norm, finite, num_products)
+
+
+def finish(
+    begun: Start, d: Tensor, residual_norm: Tensor, result: Tensor, num_steps: Tensor | int, num_products: int
+) -> Solution:
+    """Return the solution x + scale * d; one that is not finite gives way to the start and says NON_FINITE.
+
+    Args:
+        begun: what `start` returned.
+        d: the correction, in the scaled units.
+        residual_norm: its residual's norm, in the scaled units.
+        result: the code, if all is finite.
+        num_steps: iterations that changed d.
+        num_products: products since `start`.
+    """
+    device = d.device
+    x = torch.addcmul(begun.x, d, begun.scale)
+    whole = torch.isfinite(x).all()
+    x = torch.where(whole, x, begun.x)
+    return Solution(
+        x=x,
+        result=choose(begun.finite & whole, result, Result.NON_FINITE),
+        num_steps=count(num_steps, device),
+        num_products=count(begun.num_products + num_products, device),
+        residual_norm=torch.where(begun.finite, residual_norm * begun.scale, begun.b_norm),
+    )
+
+
+def choose(condition: Tensor, yes: Result | Tensor, no: Result | Tensor) -> Tensor:
+    """Return the code `yes` where `condition` holds, else `no`, as a 0-dim int64 tensor."""
+    codes = [code.tensor(condition.device) if isinstance(code, Result) else code for code in (yes, no)]
+    return torch.where(condition, codes[0], codes[1])
+
+
+def count(value: Tensor | int, device: torch.device) -> Tensor:
+    """Return a count as a 0-dim int64 tensor."""
+    if isinstance(value, Tensor):
+        return value
+    return torch.full((), value, dtype=torch.int64, device=device)
+
+
+def check_count(name: str, option: str, value: object, minimum: int = 1) -> None:
+    """Raise a ValueError unless `value` is an int of at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ValueError(f"{name} expects {option} to be an int >= {minimum}, got {option}={value!r}.")
+
+
+def check_number(name: str, option: str, value: object, *, positive: bool = False) -> None:
+    """Raise a ValueError unless `value` is a finite number, non-negative or `positive`."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        if value > 0 or (value == 0 and not positive):
+            return
+    bound = "> 0" if positive else ">= 0"
+    raise ValueError(f"{name} expects {option} to be a finite number {bound}, got {option}={value!r}.")
+
+
+def check_check_every(name: str, value: object) -> None:
+    """Raise a ValueError unless `value` is "auto", None or an int >= 1."""
+    if value is None or value == "auto":
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(
+            f"{name} expects check_every to be 'auto', None or an int >= 1, got check_every={value!r}."
+        )
