@@ -13,7 +13,14 @@ from hypergrad.optim.opaque import Opaque
 from hypergrad.optim.radam import RAdam
 from hypergrad.optim.rmsprop import RMSprop
 from hypergrad.optim.sgd import SGD
-from hypergrad.optim.torch_bridge import FromTorch, decay_of, from_torch, read_options, read_state, replace_options
+from hypergrad.optim.torch_bridge import (
+    FromTorch,
+    decay_of,
+    from_torch,
+    read_options,
+    read_state,
+    replace_options,
+)
 
 __all__ = [
     "SGD",

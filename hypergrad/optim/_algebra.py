@@ -1,7 +1,7 @@
-"""The arithmetic that optimizers share: scalars that may be floats or tensors, square roots with finite derivatives.
+"""The arithmetic of optimizers: scalars that are floats or tensors, roots with finite derivatives.
 
-A float stays a float, so that a step with plain hyperparameters is the few kernels that `torch.optim` launches; a
-tensor stays a tensor, so that its gradient is kept and nothing is read back to the host.
+A float stays a float, so that a step with plain hyperparameters is the few kernels that `torch.optim`
+launches; a tensor stays a tensor, so that its gradient is kept and nothing is read back to the host.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def power(base: Scalar, exponent: Scalar) -> Scalar:
 def root(x: Tensor) -> Tensor:
     """Return sqrt(max(x, 0)) with the derivative 0, not infinity, wherever x <= 0.
 
-    The guard is applied twice: `where` alone would still multiply the infinite derivative of the branch that was not
-    taken by zero.
+    The guard is applied twice: `where` alone would still multiply the infinite derivative of the branch that
+    was not taken by zero.
     """
     positive = x > 0
     return torch.where(positive, torch.where(positive, x, 1.0).sqrt(), 0.0)
@@ -68,7 +68,7 @@ def root(x: Tensor) -> Tensor:
 def frozen_where_unseen(x: Tensor, second_moment: Tensor, floor: Scalar = 0.0) -> Tensor:
     """Return `x`, constant to differentiation in coordinates whose second moment is at its `floor`.
 
-    Such a coordinate has met only gradients that are exactly zero: an unused weight or a constant input. The slope
-    1 / eps that x / (0 + eps) has there would multiply whatever arrives by 1e8.
+    Such a coordinate has met only gradients that are exactly zero: an unused weight or a constant input. The
+    slope 1 / eps that x / (0 + eps) has there would multiply whatever arrives by 1e8.
     """
     return torch.where(second_moment > floor, x, x.detach())

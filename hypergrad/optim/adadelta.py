@@ -33,8 +33,8 @@ class Adadelta(Optimizer):
         g <- g + w p;   v <- rho v + (1 - rho) g^2;   d = g sqrt(a + eps) / sqrt(v + eps)
         a <- rho a + (1 - rho) d^2;   p <- p - lr d
 
-    Cost: two vectors of state, about twelve kernels a step. The derivative is set to 0 in coordinates whose v is
-    exactly zero, where every gradient so far was zero.
+    Cost: two vectors of state, about twelve kernels a step. The derivative is set to 0 in coordinates whose v
+    is exactly zero, where every gradient so far was zero.
 
     Args:
         lr: a number, a tensor, or a schedule of the step count.

@@ -32,8 +32,8 @@ class Adagrad(Optimizer):
 
         g <- g + w p;   s <- s + g^2;   p <- p - lr / (1 + (t - 1) lr_decay) * g / (sqrt(s) + eps)
 
-    Cost: one vector of state, about seven kernels a step. The derivative is set to 0 in coordinates whose s is exactly
-    zero, where every gradient so far was zero.
+    Cost: one vector of state, about seven kernels a step. The derivative is set to 0 in coordinates whose s
+    is exactly zero, where every gradient so far was zero.
 
     Args:
         lr: a number, a tensor, or a schedule of the step count.
@@ -54,8 +54,8 @@ class Adagrad(Optimizer):
         >>> params
         tensor([0.9000, 2.0000])
 
-    Reference: John Duchi, Elad Hazan, Yoram Singer, "Adaptive Subgradient Methods for Online Learning and Stochastic
-    Optimization", JMLR 12, 2011.
+    Reference: John Duchi, Elad Hazan, Yoram Singer, "Adaptive Subgradient Methods for Online Learning and
+    Stochastic Optimization", JMLR 12, 2011.
     """
 
     HYPER: ClassVar[frozenset[str]] = frozenset({"lr", "lr_decay", "eps", "weight_decay"})

@@ -45,11 +45,11 @@ class Adam(Optimizer):
         g <- g + w p;   m <- beta1 m + (1 - beta1) g;   v <- beta2 v + (1 - beta2) g^2
         p <- p - lr / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + eps)
 
-    `amsgrad` divides by the largest v so far; `decoupled_weight_decay` scales p by 1 - lr w instead of adding w p to g.
-    Cost: two vectors of state (three with `amsgrad`), about ten kernels a step.
+    `amsgrad` divides by the largest v so far; `decoupled_weight_decay` scales p by 1 - lr w instead of adding
+    w p to g. Cost: two vectors of state (three with `amsgrad`), about ten kernels a step.
 
-    The derivative is set to 0 in coordinates whose v is exactly zero, where every gradient so far was zero: the
-    formula's own slope there is 1 / eps.
+    The derivative is set to 0 in coordinates whose v is exactly zero, where every gradient so far was zero:
+    the formula's own slope there is 1 / eps.
 
     Args:
         lr: a number, a tensor, or a schedule of the step count.
@@ -99,7 +99,9 @@ class Adam(Optimizer):
         lr = learning_rate(self, state, hyper)
         decay = self.decay(hyper)
         grad = ascent_gradient(params, grad, self.maximize, decay.coupled)
-        return _step(shrink(params, lr, decay.decoupled), grad, state, hyper, lr, self.betas, self.eps, self.amsgrad)
+        return _step(
+            shrink(params, lr, decay.decoupled), grad, state, hyper, lr, self.betas, self.eps, self.amsgrad
+        )
 
     def decay(self, hyper: Hyper | None = None) -> Decay:
         """Return the weight decay: coupled, unless `decoupled_weight_decay`."""
@@ -111,9 +113,9 @@ class Adam(Optimizer):
 class AdamW(Optimizer):
     """AdamW that equals `torch.optim.AdamW`, and can be differentiated.
 
-    As `Adam`, with the weight decay w applied to the parameters themselves, p <- (1 - lr w) p, before the step. The
-    decay does not enter the averages, so the fixed point is not that of a penalized loss. Cost and derivative at zero
-    gradients as for `Adam`.
+    As `Adam`, with the weight decay w applied to the parameters themselves, p <- (1 - lr w) p, before the
+    step. The decay does not enter the averages, so the fixed point is not that of a penalized loss. Cost and
+    derivative at zero gradients as for `Adam`.
 
     Args:
         lr: a number, a tensor, or a schedule of the step count.

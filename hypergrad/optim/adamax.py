@@ -34,8 +34,8 @@ class Adamax(Optimizer):
         g <- g + w p;   m <- beta1 m + (1 - beta1) g;   u <- max(beta2 u, |g| + eps)
         p <- p - lr / (1 - beta1^t) * m / u
 
-    Cost: two vectors of state, about nine kernels a step. The derivative is set to 0 in coordinates whose u is eps,
-    where every gradient so far was zero; at a tie of the maximum it is the mean of both sides'.
+    Cost: two vectors of state, about nine kernels a step. The derivative is set to 0 in coordinates whose u
+    is eps, where every gradient so far was zero; at a tie of the maximum it is the mean of both sides'.
 
     Args:
         lr: a number, a tensor, or a schedule of the step count.

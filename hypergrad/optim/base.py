@@ -12,8 +12,9 @@ from torch import Tensor
 from hypergrad.optim._algebra import Scalar, add_scaled, is_zero
 
 State = dict[str, Tensor | int]
-"""What an optimizer remembers, named as in `torch.optim`. Its "step" counts the steps taken: an int, or a tensor
-(0-dimensional or one entry a coordinate) where the count lives on a device or differs between parameters."""
+"""What an optimizer remembers, named as in `torch.optim`. Its "step" counts the steps taken: an int, or a
+tensor (0-dimensional or one entry a coordinate) where the count lives on a device or differs between
+parameters."""
 
 Hyper = Mapping[str, Scalar]
 """Hyperparameters that replace an optimizer's own, by name."""
@@ -26,9 +27,9 @@ LearningRate = float | Tensor | Callable[[int], float | Tensor]
 class Decay:
     """The weight decay of an update, by where it enters.
 
-    With `coupled` c the update sees the gradient g + c * params: it moves the fixed point. `decoupled` decay d scales
-    the parameters by 1 - lr * d outside the adaptive rule. Each is a float, or a tensor that broadcasts to the flat
-    vector.
+    With `coupled` c the update sees the gradient g + c * params: it moves the fixed point. `decoupled` decay
+    d scales the parameters by 1 - lr * d outside the adaptive rule. Each is a float, or a tensor that
+    broadcasts to the flat vector.
     """
 
     coupled: Scalar = 0.0
@@ -37,10 +38,10 @@ class Decay:
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer(ABC):
-    """An optimizer as an immutable value: `init` makes the state, `update` maps (params, grad, state) to the next.
+    """An optimizer as an immutable value: `init` makes the state, `update` maps (params, grad) to a step.
 
-    Both are pure and work on flat vectors. Fields are named, defaulted and checked as in `torch.optim`; floats may be
-    replaced by tensors that require grad, whose gradient is kept and whose value is never read.
+    Both are pure and work on flat vectors. Fields are named, defaulted and checked as in `torch.optim`;
+    floats may be replaced by tensors that require grad, whose gradient is kept and whose value is never read.
     """
 
     HYPER: ClassVar[frozenset[str]]
@@ -63,7 +64,8 @@ class Optimizer(ABC):
             params: flat parameters, shape (n,).
             grad: gradient of the loss there, shape (n,); `maximize` is applied here.
             state: from `init` or the previous `update`.
-            hyper: values that replace fields, by the names in `HYPER`: floats or tensors that broadcast to (n,).
+            hyper: values that replace fields, by the names in `HYPER`: floats, or tensors that broadcast
+                to (n,).
         """
 
     @abstractmethod
@@ -86,7 +88,7 @@ def learning_rate(optimizer: Optimizer, state: State, hyper: Hyper | None) -> Sc
 
 
 def option(hyper: Hyper | None, name: str, default: Scalar) -> Scalar:
-    """Return the value of the option `name`: from `hyper` where it is named there, else the optimizer's own."""
+    """Return the value of the option `name`: from `hyper` if it is named there, else the default."""
     return default if hyper is None else hyper.get(name, default)
 
 
@@ -107,9 +109,14 @@ def shrink(params: Tensor, lr: Scalar, weight_decay: Scalar) -> Tensor:
 
 
 def check_range(
-    optimizer: Optimizer, name: str, value: object, *, below: float | None = None, at_most: float | None = None
+    optimizer: Optimizer,
+    name: str,
+    value: object,
+    *,
+    below: float | None = None,
+    at_most: float | None = None,
 ) -> None:
-    """Raise a ValueError unless `value` is a tensor (never read) or a number in 0 <= value < below or <= at_most."""
+    """Raise a ValueError unless `value` is a tensor (never read) or a number from 0 up to the bound given."""
     if isinstance(value, Tensor):
         return
     upper = "" if below is None else f" and below {below:g}"
@@ -121,7 +128,8 @@ def check_range(
         or (at_most is not None and value > at_most)
     ):
         raise ValueError(
-            f"{type(optimizer).__name__}: {name} must be a number of at least 0{upper}, or a tensor, got {value!r}."
+            f"{type(optimizer).__name__}: {name} must be a number of at least 0{upper}, or a tensor, "
+            f"got {value!r}."
         )
 
 

@@ -9,23 +9,26 @@ import torch
 from torch import Tensor
 
 from hypergrad._flat import Layout
-from hypergrad.optim._algebra import Scalar
-from hypergrad.optim.base import Decay, Optimizer, State
+from hypergrad.optim._algebra import Scalar, is_zero
+from hypergrad.optim.base import Decay, Optimizer, State, learning_rate
+
+SECOND_MOMENTS = ("exp_avg_sq", "square_avg", "sum")
+"""The names under which adaptive optimizers keep their mean (or sum) of squared gradients."""
 
 BoundHyper = Mapping[str, Scalar | Mapping[str, Scalar] | Sequence[Scalar]]
-"""Hyperparameters by name; each a number or tensor for all groups, a dict by parameter, or one value a group."""
+"""Hyperparameters by name: a number or tensor for all groups, a dict by parameter, or one value a group."""
 
 
 @dataclass(frozen=True, eq=False)
 class Bound:
     """One or several optimizers over one flat vector.
 
-    `groups` pairs each optimizer with the names of its parameters; `layout` is the order in which those lie in the
-    vector, group after group. With one group nothing is split or copied.
+    `groups` pairs each optimizer with the names of its parameters; `layout` is the order in which those lie
+    in the vector, group after group. With one group nothing is split or copied.
 
-    `hyper`, in the methods, replaces options of the optimizers by name. A value is a float or 0-dimensional tensor for
-    all groups, a flat vector, a dict from every parameter's name to a float or tensor that broadcasts to the
-    parameter, or a list or tuple of one value a group.
+    `hyper`, in the methods, replaces options of the optimizers by name. A value is a float or 0-dimensional
+    tensor for all groups, a flat vector, a dict from every parameter's name to a float or tensor that
+    broadcasts to the parameter, or a list or tuple of one value a group.
     """
 
     groups: tuple[tuple[Optimizer, tuple[str, ...]], ...]
@@ -46,16 +49,18 @@ class Bound:
     @property
     def group_sizes(self) -> tuple[int, ...]:
         """Return the groups' numbers of scalars."""
-        size = dict(zip(self.layout.names, self.layout.sizes, strict=True))
-        return tuple(sum(size[name] for name in names) for _, names in self.groups)
+        sizes = iter(self.layout.sizes)
+        return tuple(sum(next(sizes) for _ in names) for _, names in self.groups)
 
     def init(self, params: Tensor) -> tuple[State, ...]:
-        """Return the state before the first step, one a group; torch's current one for an optimizer from torch."""
+        """Return the state before the first step, one a group; from a torch optimizer, its current one."""
         if self.start is not None:
             return self.start()
         return tuple(
             optimizer.init(piece)
-            for (optimizer, _), piece in zip(self.groups, params.split(self.group_sizes), strict=True)
+            for (optimizer, _), piece in zip(
+                self.groups, params.split_with_sizes(self.group_sizes), strict=True
+            )
         )
 
     def update(
@@ -70,7 +75,8 @@ class Bound:
             hyper: values that replace options, see the class.
 
         Raises:
-            ValueError: `hyper` names something that the optimizer does not take, or has the wrong number of values.
+            ValueError: `hyper` names something that the optimizer does not take, or has the wrong number of
+                values.
         """
         hypers = self.split_hyper(hyper)
         if len(self.groups) == 1:
@@ -80,7 +86,12 @@ class Bound:
         stepped = [
             optimizer.update(p, g, state, values)
             for (optimizer, _), p, g, state, values in zip(
-                self.groups, params.split(sizes), grad.split(sizes), states, hypers, strict=True
+                self.groups,
+                params.split_with_sizes(sizes),
+                grad.split_with_sizes(sizes),
+                states,
+                hypers,
+                strict=True,
             )
         ]
         return torch.cat([p for p, _ in stepped]), tuple(state for _, state in stepped)
@@ -97,8 +108,31 @@ class Bound:
         )
 
     def sign(self) -> Scalar:
-        """Return +1.0 where the loss is minimised, -1.0 where maximised; a flat vector where groups differ."""
+        """Return +1.0 if the loss is minimised, -1.0 if maximised; a flat vector where groups differ."""
         return self._spread([-1.0 if optimizer.maximize else 1.0 for optimizer, _ in self.groups])
+
+    def is_decoupled(self) -> bool:
+        """Return whether some group decays its weights outside the gradient, as AdamW does."""
+        return any(not is_zero(optimizer.decay().decoupled) for optimizer, _ in self.groups)
+
+    def learning_rate(self, states: tuple[State, ...], hyper: BoundHyper | None = None) -> Scalar:
+        """Return the learning rate of the step that begins at `states`; a flat vector where groups differ."""
+        return self._spread(
+            [
+                learning_rate(optimizer, state, values)
+                for (optimizer, _), state, values in zip(
+                    self.groups, states, self.split_hyper(hyper), strict=True
+                )
+            ]
+        )
+
+    def second_moment(self, states: tuple[State, ...]) -> Tensor | None:
+        """Return the mean or sum of squared gradients, shape (n,); None unless all groups keep one."""
+        moments = [state[key] for state in states for key in SECOND_MOMENTS if key in state]
+        if len(moments) != len(states):
+            return None
+        tensors = [moment for moment in moments if isinstance(moment, Tensor)]
+        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
     def check_hyper(self, names: Iterable[str]) -> None:
         """Raise a ValueError unless every group's optimizer takes all of `names` through `hyper`."""
@@ -108,7 +142,11 @@ class Bound:
             if unknown:
                 kind = type(optimizer).__name__
                 dormant = [name for name in unknown if name in optimizer.HYPER]
-                remedy = f" {dormant} needs {kind}(momentum=...) above 0, so that it keeps a buffer." if dormant else ""
+                remedy = (
+                    f" {dormant} needs {kind}(momentum=...) above 0, so that it keeps a buffer."
+                    if dormant
+                    else ""
+                )
                 raise ValueError(
                     f"hyper names {unknown}, which {kind} does not take; allowed here are "
                     f"{sorted(optimizer.accepts())}.{remedy}"
@@ -134,10 +172,10 @@ class Bound:
             if value.numel() == 1:
                 return [value.reshape(())] * len(self.groups)
             if value.shape == (self.layout.size,):
-                return [value] if len(self.groups) == 1 else value.split(self.group_sizes)
+                return [value] if len(self.groups) == 1 else value.split_with_sizes(self.group_sizes)
             raise ValueError(
-                f"hyper[{name!r}] has shape {tuple(value.shape)}; expected a 0-dimensional tensor or one of shape "
-                f"({self.layout.size},). For one value a parameter pass a dict, for one a group a list."
+                f"hyper[{name!r}] has shape {tuple(value.shape)}; expected a 0-dimensional tensor or one of "
+                f"shape ({self.layout.size},). For one value a parameter pass a dict, for one a group a list."
             )
         if isinstance(value, Mapping):
             missing = [key for key in self.layout.names if key not in value]
@@ -152,7 +190,8 @@ class Bound:
             return [torch.cat(group) if group else 0.0 for group in pieces]
         if len(value) != len(self.groups):
             raise ValueError(
-                f"hyper[{name!r}] has {len(value)} values for {len(self.groups)} parameter groups; give one a group."
+                f"hyper[{name!r}] has {len(value)} values for {len(self.groups)} parameter groups; "
+                "give one a group."
             )
         return value
 

@@ -13,8 +13,8 @@ def clip_norm(grad: Tensor, max_norm: Scalar) -> Tensor:
 
         grad * min(1, max_norm / (|grad| + 1e-6))
 
-    with |.| the Euclidean norm: what `torch.nn.utils.clip_grad_norm_` leaves in the gradients. Cost: one reduction and
-    one pass. At a zero gradient the derivative of the norm is taken as 0.
+    with |.| the Euclidean norm: what `torch.nn.utils.clip_grad_norm_` leaves in the gradients. Cost: one
+    reduction and one pass. At a zero gradient the derivative of the norm is taken as 0.
 
     Args:
         grad: flat gradient, shape (n,).
@@ -28,8 +28,8 @@ def clip_norm(grad: Tensor, max_norm: Scalar) -> Tensor:
         >>> clip_norm(torch.tensor([3.0, 4.0]), 1.0)
         tensor([0.6000, 0.8000])
 
-    Reference: Razvan Pascanu, Tomas Mikolov, Yoshua Bengio, "On the difficulty of training recurrent neural networks",
-    2012, arXiv:1211.5063.
+    Reference: Razvan Pascanu, Tomas Mikolov, Yoshua Bengio, "On the difficulty of training recurrent neural
+    networks", 2012, arXiv:1211.5063.
     """
     _check("clip_norm", "max_norm", max_norm)
     return grad * torch.clamp(max_norm / (root(grad.square().sum()) + 1e-6), max=1.0)
@@ -38,8 +38,8 @@ def clip_norm(grad: Tensor, max_norm: Scalar) -> Tensor:
 def clip_value(grad: Tensor, value: Scalar) -> Tensor:
     """Return `grad` with every entry brought into [-value, value].
 
-    What `torch.nn.utils.clip_grad_value_` leaves in the gradients. Cost: one pass. The derivative is 0 in entries that
-    are cut.
+    What `torch.nn.utils.clip_grad_value_` leaves in the gradients. Cost: one pass. The derivative is 0 in
+    entries that are cut.
 
     Args:
         grad: flat gradient, shape (n,).

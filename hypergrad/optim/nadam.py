@@ -37,15 +37,16 @@ from hypergrad.optim.base import (
 class NAdam(Optimizer):
     """NAdam that equals `torch.optim.NAdam`, and can be differentiated.
 
-    With gradient g (negated under `maximize`), weight decay w, averages m and v, step count t, momentum decay q:
+    With gradient g (negated under `maximize`), weight decay w, averages m and v, step count t and
+    momentum decay q:
 
         g <- g + w p;   m <- beta1 m + (1 - beta1) g;   v <- beta2 v + (1 - beta2) g^2
         mu_t = beta1 (1 - 0.96^(t q) / 2);   M <- M mu_t
         p <- p - lr [(1 - mu_t) / (1 - M) g + mu_{t+1} / (1 - M mu_{t+1}) m] / (sqrt(v / (1 - beta2^t)) + eps)
 
-    `decoupled_weight_decay` scales p by 1 - lr w instead of adding w p to g. Cost: two vectors of state, about twelve
-    kernels a step. The derivative is set to 0 in coordinates whose v is exactly zero, where every gradient so far was
-    zero.
+    `decoupled_weight_decay` scales p by 1 - lr w instead of adding w p to g. Cost: two vectors of state,
+    about twelve kernels a step. The derivative is set to 0 in coordinates whose v is exactly zero, where
+    every gradient so far was zero.
 
     Args:
         lr: a number, a tensor, or a schedule of the step count.
@@ -70,7 +71,9 @@ class NAdam(Optimizer):
     Reference: Timothy Dozat, "Incorporating Nesterov Momentum into Adam", ICLR 2016 workshop.
     """
 
-    HYPER: ClassVar[frozenset[str]] = frozenset({"lr", "beta1", "beta2", "eps", "weight_decay", "momentum_decay"})
+    HYPER: ClassVar[frozenset[str]] = frozenset(
+        {"lr", "beta1", "beta2", "eps", "weight_decay", "momentum_decay"}
+    )
 
     lr: LearningRate = field(default=2e-3, kw_only=False)
     betas: tuple[Scalar, Scalar] = (0.9, 0.999)
@@ -112,7 +115,9 @@ class NAdam(Optimizer):
         product = slot(state, "mu_product") * mu
         first = average(slot(state, "exp_avg"), grad, beta1)
         second = average_square(slot(state, "exp_avg_sq"), grad, beta2)
-        ahead = grad * (lr * (1.0 - mu) / (1.0 - product)) + first * (lr * mu_next / (1.0 - product * mu_next))
+        ahead = grad * (lr * (1.0 - mu) / (1.0 - product)) + first * (
+            lr * mu_next / (1.0 - product * mu_next)
+        )
         denominator = root(second / (1.0 - power(beta2, step))) + option(hyper, "eps", self.eps)
         stepped = params - frozen_where_unseen(ahead, second) / denominator
         return stepped, {"step": step, "exp_avg": first, "exp_avg_sq": second, "mu_product": product}

@@ -49,8 +49,8 @@ class Opaque(Optimizer):
         """Raise a ValueError: the rule is not known."""
         raise ValueError(
             f"The update of {self.of} is not known here, so it cannot be run or differentiated. Unrolled, "
-            "ForwardUnrolled, SAMA and OneStep need an optimizer of hypergrad.optim or one that from_torch takes; "
-            "Implicit takes any."
+            "ForwardUnrolled, SAMA and OneStep need an optimizer of hypergrad.optim or one that from_torch "
+            "takes; Implicit takes any."
         )
 
     def decay(self, hyper: Hyper | None = None) -> Decay:  # noqa: ARG002

@@ -39,17 +39,18 @@ from hypergrad.optim.base import (
 class RAdam(Optimizer):
     """RAdam that equals `torch.optim.RAdam`, and can be differentiated.
 
-    With gradient g (negated under `maximize`), weight decay w, averages m and v, step count t, R = 2/(1 - beta2) - 1:
+    With gradient g (negated under `maximize`), weight decay w, averages m and v, step count t and
+    R = 2 / (1 - beta2) - 1:
 
         g <- g + w p;   m <- beta1 m + (1 - beta1) g;   v <- beta2 v + (1 - beta2) g^2
         rho = R - 2 t beta2^t / (1 - beta2^t)
-        r = sqrt((rho - 4)(rho - 2) R / ((R - 4)(R - 2) rho)) sqrt(1 - beta2^t) / (sqrt(v) + eps)   if rho > 5, else 1
-        p <- p - lr m r / (1 - beta1^t)
+        r = sqrt((rho - 4)(rho - 2) R / ((R - 4)(R - 2) rho)) sqrt(1 - beta2^t) / (sqrt(v) + eps)
+        p <- p - lr m r / (1 - beta1^t)   with r = 1 unless rho > 5
 
-    `decoupled_weight_decay` scales p by 1 - lr w instead of adding w p to g. Cost: two vectors of state, about ten
-    kernels a step; with a tensor for beta2 both branches are computed. The derivative of an adaptive step (rho > 5) is
-    set to 0 in coordinates whose v is exactly zero, where every gradient so far was zero; and the derivative in beta2
-    is that of the branch taken.
+    `decoupled_weight_decay` scales p by 1 - lr w instead of adding w p to g. Cost: two vectors of state,
+    about ten kernels a step; with a tensor for beta2 both branches are computed. The derivative of an
+    adaptive step (rho > 5) is set to 0 in coordinates whose v is exactly zero, where every gradient so far
+    was zero; and the derivative in beta2 is that of the branch taken.
 
     Args:
         lr: a number, a tensor, or a schedule of the step count.
@@ -70,8 +71,8 @@ class RAdam(Optimizer):
         >>> params
         tensor([0.7000, 2.0000])
 
-    Reference: Liyuan Liu, Haoming Jiang, Pengcheng He, Weizhu Chen, Xiaodong Liu, Jianfeng Gao, Jiawei Han, "On the
-    Variance of the Adaptive Learning Rate and Beyond", 2019, arXiv:1908.03265.
+    Reference: Liyuan Liu, Haoming Jiang, Pengcheng He, Weizhu Chen, Xiaodong Liu, Jianfeng Gao, Jiawei Han,
+    "On the Variance of the Adaptive Learning Rate and Beyond", 2019, arXiv:1908.03265.
     """
 
     HYPER: ClassVar[frozenset[str]] = frozenset({"lr", "beta1", "beta2", "eps", "weight_decay"})

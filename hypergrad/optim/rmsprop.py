@@ -41,11 +41,11 @@ class RMSprop(Optimizer):
 
         g <- g + w p;   v <- alpha v + (1 - alpha) g^2;   b <- m b + g / (sqrt(v) + eps);   p <- p - lr b
 
-    `centered` subtracts the square of the gradient's own running average from v. Cost: one to three vectors of state,
-    about eight kernels a step.
+    `centered` subtracts the square of the gradient's own running average from v. Cost: one to three vectors
+    of state, about eight kernels a step.
 
-    The derivative is set to 0 in coordinates whose v is exactly zero, where every gradient so far was zero. Where
-    rounding makes the centred v negative its root is taken as 0; torch returns NaN.
+    The derivative is set to 0 in coordinates whose v is exactly zero, where every gradient so far was zero.
+    Where rounding makes the centred v negative its root is taken as 0; torch returns NaN.
 
     Args:
         lr: a number, a tensor, or a schedule of the step count.
@@ -67,8 +67,8 @@ class RMSprop(Optimizer):
         >>> params
         tensor([0.8000, 2.0000])
 
-    Reference: Tijmen Tieleman, Geoffrey Hinton, "Lecture 6.5: RMSProp", Neural Networks for Machine Learning, 2012.
-    Alex Graves, "Generating Sequences With Recurrent Neural Networks", 2013, arXiv:1308.0850 (the centred form).
+    Reference: Tijmen Tieleman, Geoffrey Hinton, "Lecture 6.5: RMSProp", Neural Networks for Machine Learning,
+    2012. Alex Graves, "Generating Sequences With Recurrent Neural Networks", 2013, arXiv:1308.0850 (centred).
     """
 
     HYPER: ClassVar[frozenset[str]] = frozenset({"lr", "alpha", "eps", "weight_decay", "momentum"})

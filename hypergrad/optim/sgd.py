@@ -28,12 +28,13 @@ from hypergrad.optim.base import (
 class SGD(Optimizer):
     """Gradient descent that equals `torch.optim.SGD`, and can be differentiated.
 
-    With parameters p, gradient g (negated under `maximize`), weight decay w, momentum m, dampening d, buffer b:
+    With parameters p, gradient g (negated under `maximize`), weight decay w, momentum m, dampening d and
+    buffer b:
 
         g <- g + w p;   b <- m b + (1 - d) g   (b <- g at the first step);   p <- p - lr b
 
-    where b stands for g if m = 0, and for g + m b if `nesterov`. Cost: 2n numbers read and n written a step, plus as
-    much for the buffer.
+    where b stands for g if m = 0, and for g + m b if `nesterov`. Cost: 2n numbers read and n written a step,
+    plus as much for the buffer.
 
     Args:
         lr: a number, a tensor, or a schedule of the step count.
@@ -54,8 +55,8 @@ class SGD(Optimizer):
         >>> params
         tensor([0.9000, 2.1000])
 
-    Reference: Ilya Sutskever, James Martens, George Dahl, Geoffrey Hinton, "On the importance of initialization and
-    momentum in deep learning", ICML 2013.
+    Reference: Ilya Sutskever, James Martens, George Dahl, Geoffrey Hinton, "On the importance of
+    initialization and momentum in deep learning", ICML 2013.
     """
 
     HYPER: ClassVar[frozenset[str]] = frozenset({"lr", "momentum", "dampening", "weight_decay"})

@@ -26,7 +26,7 @@ from hypergrad.optim.sgd import SGD
 
 _REMEDY = "name them with from_torch(optimizer, dict(net.named_parameters()))"
 _DECOUPLED = frozenset({"AdamW", "Adafactor", "Muon", "Lion"})
-"""Classes whose `weight_decay` scales the parameters outside the rule, by name, since not every torch has them all."""
+"""Classes with decoupled `weight_decay`, by name: not every torch has them all."""
 
 
 def _sgd(group: Mapping[str, Any]) -> Optimizer:
@@ -148,8 +148,8 @@ _READERS: dict[type[torch.optim.Optimizer], _Reader] = {
 class FromTorch:
     """A `torch.optim` optimizer as `from_torch` returns it: what `bind` accepts.
 
-    `optimizers` holds one differentiable optimizer a param group, with the values at the time of the call; `names` the
-    groups' parameter names where they are known. The state is read when a run begins.
+    `optimizers` holds one differentiable optimizer a param group, with the values at the time of the call;
+    `names` the groups' parameter names where they are known. The state is read when a run begins.
     """
 
     source: torch.optim.Optimizer
@@ -168,9 +168,9 @@ class FromTorch:
         missing, extra = [n for n in flat if n not in params], [n for n in params if n not in flat]
         if missing or extra:
             raise ValueError(
-                f"The {type(self.source).__name__} optimizer and the parameters do not match: the optimizer also has "
-                f"{missing}, the parameters also have {extra}. Optimize exactly these parameters, or "
-                f"{_REMEDY} if the names differ."
+                f"The {type(self.source).__name__} optimizer and the parameters do not match: the optimizer "
+                f"also has {missing}, the parameters also have {extra}. Optimize exactly these parameters, "
+                f"or {_REMEDY} if the names differ."
             )
         bound = Bound(tuple(zip(self.optimizers, names, strict=True)), Layout.of(params, names=flat))
         if self.opaque or not any(self.source.state.values()):
@@ -178,8 +178,8 @@ class FromTorch:
         held = dict(zip(flat, _tensors(self.source), strict=False))
         if any(held[name].shape != params[name].shape for name in flat):
             raise ValueError(
-                f"The {type(self.source).__name__} optimizer has state, but its parameters' shapes do not follow the "
-                f"order of the names {flat}; {_REMEDY}."
+                f"The {type(self.source).__name__} optimizer has state, but the shapes of its parameters "
+                f"do not follow the order of the names {flat}; {_REMEDY}."
             )
         return replace(bound, start=lambda: read_state(self.source, bound, held))
 
@@ -189,13 +189,15 @@ def from_torch(
 ) -> FromTorch:
     """Return the differentiable counterpart of a `torch.optim` optimizer: param groups, options and state.
 
-    Options are copied now; the state (momentum buffers, averages, step counts) is read when a run begins, zero for
-    parameters that have none yet. `fused`, `foreach`, `capturable` and `differentiable` make no difference. Parameters
-    are named by `params`, by identity; else by the names torch has recorded; else, at `bind`, by identity with the
-    tensors there, by the single group, or by position where all shapes agree. Cost: nothing is computed or copied.
+    Options are copied now; the state (momentum buffers, averages, step counts) is read when a run begins,
+    zero for parameters that have none yet. `fused`, `foreach`, `capturable` and `differentiable` make no
+    difference. Parameters are named by `params`, by identity; else by the names torch has recorded; else, at
+    `bind`, by identity with the tensors there, by the single group, or by position where all shapes agree.
+    Cost: nothing is computed or copied.
 
     Args:
-        optimizer: SGD, Adam, AdamW, NAdam, RAdam, Adamax, RMSprop, Adagrad or Adadelta, or a subclass that keeps `step`.
+        optimizer: SGD, Adam, AdamW, NAdam, RAdam, Adamax, RMSprop, Adagrad or Adadelta, or a subclass that
+            keeps `step`.
         params: names for the optimizer's tensors; it may hold more.
         opaque: take any class, only for its weight decay and `maximize`; `update` then raises.
 
@@ -217,8 +219,8 @@ def from_torch(
 def decay_of(optimizer: torch.optim.Optimizer, params: Mapping[str, Tensor]) -> Bound:
     """Return the weight decay and `maximize` of any torch optimizer, as a `Bound` whose `update` raises.
 
-    The decay is `weight_decay` of each param group; decoupled for AdamW, Adafactor and Muon and in groups that say
-    `decoupled_weight_decay`, else coupled.
+    The decay is `weight_decay` of each param group; decoupled for AdamW, Adafactor and Muon and in groups
+    that say `decoupled_weight_decay`, else coupled.
 
     Args:
         optimizer: of any class.
@@ -260,8 +262,8 @@ def replace_options(optimizer: torch.optim.Optimizer, bound: Bound) -> Bound:
     options = read_options(optimizer)
     if len(options) != len(bound.groups):
         raise ValueError(
-            f"{type(optimizer).__name__} now has {len(options)} param groups, but was bound with {len(bound.groups)}. "
-            "Add param groups before the run is built."
+            f"{type(optimizer).__name__} now has {len(options)} param groups, but was bound with "
+            f"{len(bound.groups)}. Add param groups before the run is built."
         )
     groups = tuple((option, names) for option, (_, names) in zip(options, bound.groups, strict=True))
     return bound if groups == bound.groups else replace(bound, groups=groups)
@@ -272,9 +274,10 @@ def read_state(
 ) -> tuple[State, ...]:
     """Return the torch optimizer's current state as flat vectors, one `State` a group of `bound`.
 
-    Tensors are copied, since torch goes on changing its own. Parameters without a state yet have the initial one. The
-    step count is an int where the parameters of a group agree and torch keeps it on the host; otherwise it is a vector
-    with one entry a coordinate, and nothing is read back from the device. Cost: one concatenation a state tensor.
+    Tensors are copied, since torch goes on changing its own. Parameters without a state yet have the initial
+    one. The step count is an int where the parameters of a group agree and torch keeps it on the host;
+    otherwise it is a vector with one entry a coordinate, and nothing is read back from the device. Cost: one
+    concatenation a state tensor.
 
     Args:
         optimizer: the optimizer that `bound` was made from.
@@ -343,8 +346,9 @@ def _reader(optimizer: torch.optim.Optimizer) -> _Reader:
             break
     raise ValueError(
         f"{kind.__module__}.{kind.__qualname__} cannot be differentiated: its step is none of torch.optim's "
-        f"{', '.join(base.__name__ for base in _READERS)}. Use one of these, write it as a hypergrad.optim.Optimizer, "
-        "or choose a method that does not differentiate the optimizer, e.g. Implicit, which takes any."
+        f"{', '.join(base.__name__ for base in _READERS)}. Use one of these, write it as a "
+        "hypergrad.optim.Optimizer, or choose a method that does not differentiate the optimizer, "
+        "e.g. Implicit, which takes any."
     )
 
 
@@ -372,19 +376,23 @@ def _names(
     """Return the groups' parameter names from `params`, or as torch recorded them, or None."""
     if params is None:
         groups = optimizer.param_groups
-        return tuple(tuple(g["param_names"]) for g in groups) if all("param_names" in g for g in groups) else None
+        return (
+            tuple(tuple(g["param_names"]) for g in groups)
+            if all("param_names" in g for g in groups)
+            else None
+        )
     by_identity = {id(tensor): name for name, tensor in params.items()}
     unnamed = [tuple(tensor.shape) for tensor in _tensors(optimizer) if id(tensor) not in by_identity]
     if unnamed:
         raise ValueError(
-            f"The {type(optimizer).__name__} optimizer holds {len(unnamed)} tensors that are not among the named "
-            f"parameters, of shapes {unnamed}. Pass the very tensors: {_REMEDY}."
+            f"The {type(optimizer).__name__} optimizer holds {len(unnamed)} tensors that are not among the "
+            f"named parameters, of shapes {unnamed}. Pass the very tensors: {_REMEDY}."
         )
     return tuple(tuple(by_identity[id(tensor)] for tensor in g["params"]) for g in optimizer.param_groups)
 
 
 def _match(optimizer: torch.optim.Optimizer, params: Mapping[str, Tensor]) -> tuple[tuple[str, ...], ...]:
-    """Return names for an optimizer whose tensors are unnamed: identity, a single group, or position and shape."""
+    """Return names for unnamed tensors: by identity, single group, or position and shape."""
     tensors = list(_tensors(optimizer))
     by_identity = {id(tensor): name for name, tensor in params.items()}
     if all(id(tensor) in by_identity for tensor in tensors):
@@ -394,8 +402,9 @@ def _match(optimizer: torch.optim.Optimizer, params: Mapping[str, Tensor]) -> tu
     shapes = [tensor.shape for tensor in tensors]
     if shapes != [tensor.shape for tensor in params.values()]:
         raise ValueError(
-            f"The {type(optimizer).__name__} optimizer has {len(optimizer.param_groups)} param groups, and which "
-            f"parameter is in which cannot be told: the tensors are others and the shapes differ; {_REMEDY}."
+            f"The {type(optimizer).__name__} optimizer has {len(optimizer.param_groups)} param groups, and "
+            "which parameter is in which cannot be told: the tensors are others and the shapes differ; "
+            f"{_REMEDY}."
         )
     names = iter(params)
     return tuple(tuple(next(names) for _ in group["params"]) for group in optimizer.param_groups)
@@ -406,7 +415,7 @@ def _tensors(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
 
 
 def _number(value: Scalar) -> Scalar:
-    """Return a group's option; a tensor that schedulers fill in place is copied, one that requires grad is kept."""
+    """Return a group's option; a tensor is copied, as schedulers fill it, unless it requires grad."""
     if not isinstance(value, Tensor):
         return value
     return (value if value.requires_grad else value.clone()).reshape(())
