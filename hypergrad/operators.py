@@ -1,7 +1,8 @@
 """Linear operators on flat vectors: what a solver needs to know of a matrix that nobody forms.
 
-An operator multiplies: `mv(v)` is A v and `rmv(v)` is A^T v, for v of shape (size,). The operators here combine others
-or wrap a matrix or a function; those built from a loss (Hessians and their like) live with the methods that need them.
+An operator multiplies: `mv(v)` is A v and `rmv(v)` is A^T v, for v of shape (size,). The operators here
+combine others or wrap a matrix or a function; those built from a loss (Hessians and their like) live with the
+methods that need them.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ class Operator(ABC):
         dtype: the dtype of vectors and products.
         device: their device.
         symmetric: whether A = A^T is promised. Solvers that need symmetry refuse an operator without the promise.
-        second_moment: a flat vector with an adaptive optimizer's second-moment estimate, for preconditioning, or None.
+        second_moment: a flat vector with an adaptive optimizer's second-moment estimate, for preconditioning,
+            or None.
     """
 
     size: int
@@ -44,7 +46,8 @@ class Operator(ABC):
 class Matrix(Operator):
     """The operator of a dense matrix.
 
-    A product costs n^2 multiplications. The promise `symmetric=True` is taken on trust: checking it would read values.
+    A product costs n^2 multiplications. The promise `symmetric=True` is taken on trust: checking it would
+    read values.
 
     Args:
         dense: the matrix, shape (n, n), floating point.
@@ -157,12 +160,13 @@ class Function(Operator):
 class Damped(Operator):
     """A + damping * I: its eigenvalues are those of A, moved up by `damping`.
 
-    One vector operation beyond the product of A. A solve with it is biased: the answer is that of a loss with an added
-    `damping / 2 * norm(x)^2`.
+    One vector operation beyond the product of A. A solve with it is biased: the answer is that of a loss with
+    an added `damping / 2 * norm(x)^2`.
 
     Args:
         op: the operator A.
-        damping: a number, or a tensor that broadcasts to a vector (a tensor may need gradients or be batched by vmap).
+        damping: a number, or a tensor that broadcasts to a vector (a tensor may need gradients or be batched
+            by vmap).
 
     Raises:
         ValueError: if `damping` is a number that is negative or not finite.

@@ -3,7 +3,30 @@
 from hypergrad.solvers.base import Solution, Solver
 from hypergrad.solvers.cg import CG
 from hypergrad.solvers.exact import Exact
+from hypergrad.solvers.gmres import GMRES
+from hypergrad.solvers.minres import MINRES
 from hypergrad.solvers.neumann import Neumann
-from hypergrad.solvers.preconditioners import Preconditioner
+from hypergrad.solvers.nystrom import Nystrom
+from hypergrad.solvers.preconditioners import (
+    HutchinsonDiagonal,
+    NystromPreconditioner,
+    Preconditioner,
+    SecondMoment,
+)
+from hypergrad.solvers.scipy import SciPy
 
-__all__ = ["CG", "Exact", "Neumann", "Preconditioner", "Solution", "Solver"]
+__all__ = [
+    "CG",
+    "GMRES",
+    "MINRES",
+    "Exact",
+    "HutchinsonDiagonal",
+    "Neumann",
+    "Nystrom",
+    "NystromPreconditioner",
+    "Preconditioner",
+    "SciPy",
+    "SecondMoment",
+    "Solution",
+    "Solver",
+]

@@ -1,8 +1,8 @@
 """Random probe vectors without a random generator: entry i is an integer hash of (seed, stream, i).
 
-The same on every device, inside `vmap`, `torch.compile` and fake tensors, and no generator's state is touched. All
-arithmetic is on integers below 2^63 in magnitude, so nothing overflows; both kinds of vector are exact integers before
-one final scaling.
+The same on every device, inside `vmap`, `torch.compile` and fake tensors, and no generator's state is
+touched. All arithmetic is on integers below 2^63 in magnitude, so nothing overflows; both kinds of vector are
+exact integers before one final scaling.
 """
 
 from __future__ import annotations

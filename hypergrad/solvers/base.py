@@ -1,8 +1,9 @@
 """What a linear solver is, what it returns, and how every solver here begins and ends.
 
 A solver is an immutable value; `solve(op, b)` returns a `Solution` for A x = b. Nothing in a solve reads a tensor's
-value unless `check_every` asks for it, so that a solve runs on an accelerator without waiting, and inside `vmap`,
-`torch.compile(fullgraph=True)` and fake tensors. After convergence the remaining iterations change nothing.
+value unless `check_every` asks for it, so that a solve runs on an accelerator without waiting, and inside
+`vmap`, `torch.compile(fullgraph=True)` and fake tensors. After convergence the remaining iterations change
+nothing.
 """
 
 from __future__ import annotations

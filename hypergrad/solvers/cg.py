@@ -39,9 +39,10 @@ class CG(Solver):
     until norm(r_k) <= max(rtol * norm(b), atol), always the residual itself, preconditioned or not. The residual is
     the recurrence's, which in rounding arithmetic can fall below the true one.
 
-    Cost: one product a step, 15 small kernels (6 of them over full vectors), four vectors of memory; one more product
-    for a start x0. The error in the norm of A falls at least like ((sqrt(c) - 1) / (sqrt(c) + 1))^k, c the condition
-    number of A (of M A).
+    Cost: one product a step, 15 small kernels (6 of them over full vectors), four vectors of memory; one more
+        product
+    for a start x0. The error in the norm of A falls at least like ((sqrt(c) - 1) / (sqrt(c) + 1))^k, c the
+    condition number of A (of M A).
 
     Wrong when A is not positive definite: at p.A p <= 0 the last iterate before is returned with
     `Result.NEGATIVE_CURVATURE`. Stopped at `max_steps`, x is biased towards zero along small eigenvalues.
@@ -50,9 +51,11 @@ class CG(Solver):
         max_steps: the most iterations.
         rtol: tolerance relative to norm(b).
         atol: absolute tolerance.
-        preconditioner: a positive definite approximation of the inverse of A, see `hypergrad.solvers.preconditioners`.
+        preconditioner: a positive definite approximation of the inverse of A, see
+            `hypergrad.solvers.preconditioners`.
         check_every: how often to ask whether to stop early. "auto": every step on CPU in eager mode, where asking is
-            free, and never on an accelerator or inside transforms and compiled code; None: never; n: every n steps.
+            free, and never on an accelerator or inside transforms and compiled code; None: never; n: every n
+            steps.
 
     Raises:
         ValueError: for an option out of range.

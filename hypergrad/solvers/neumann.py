@@ -34,21 +34,24 @@ class Neumann(Solver):
 
         x_K = s * sum_{k<K} (I - s A)^k b,  with residual  b - A x_K = (I - s A)^K b  exactly,
 
-    which is K steps of gradient descent of length s on the quadratic x.A x / 2 - b.x, from zero (or from x0, with
-    b - A x0 for b).
+    which is K steps of gradient descent of length s on the quadratic x.A x / 2 - b.x, from zero (or from x0,
+    with b - A x0 for b).
 
-    Cost: K products (the last gives the residual), three vectors; `num_power_steps` more if step_size is None, and one
+    Cost: K products (the last gives the residual), three vectors; `num_power_steps` more if step_size is
+        None, and one
     for x0.
 
-    Biased: a truncated series shrinks x along eigenvalues below 1 / (s K). It diverges where an eigenvalue a has
-    |1 - s a| > 1, so s must be below 2 / lambda_max and A must have no negative eigenvalue; a residual larger than the
-    first one is reported as `Result.DIVERGED`. There is no tolerance: a series that does not grow is a SUCCESS, how
-    good it is stands in residual_norm.
+    Biased: a truncated series shrinks x along eigenvalues below 1 / (s K). It diverges where an eigenvalue a
+        has
+    |1 - s a| > 1, so s must be below 2 / lambda_max and A must have no negative eigenvalue; a residual larger
+    than the first one is reported as `Result.DIVERGED`. There is no tolerance: a series that does not grow is
+    a SUCCESS, how good it is stands in residual_norm.
 
     Args:
         num_terms: terms of the series, K.
         step_size: s; None takes 1 / (1.1 * the power iteration's estimate of lambda_max).
-        num_power_steps: products for that estimate; unused and refused otherwise than at its default if step_size is set.
+        num_power_steps: products for that estimate; unused and refused otherwise than at its default if
+            step_size is set.
         seed: seed of the power iteration's first vector, likewise.
 
     Raises:

@@ -4,15 +4,190 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import final
 
+import torch
 from torch import Tensor
 
 from hypergrad.operators import Operator
+from hypergrad.solvers._probes import rademacher
+from hypergrad.solvers.base import check_count, check_number
+from hypergrad.solvers.nystrom import apply_inverse, approximate, shifted_inverse
+
+Apply = Callable[[Tensor], Tensor]
+"""r -> M r."""
 
 
 class Preconditioner(ABC):
     """A recipe for a positive definite map M close to the inverse of an operator."""
 
     @abstractmethod
-    def build(self, op: Operator) -> tuple[Callable[[Tensor], Tensor], int]:
-        """Return the map r -> M r, and the number of products with `op` that building it took."""
+    def build(self, op: Operator) -> tuple[Apply, int]:
+        """Return the map r -> M r, and the number of products with `op` that building it took.
+
+        Args:
+            op: the operator to approximate the inverse of.
+        """
+
+
+@final
+@dataclass(frozen=True)
+class HutchinsonDiagonal(Preconditioner):
+    """M = 1 / |diagonal of A|, estimated.
+
+        diag(A) = E[z * A z]  for z with independent entries +1 and -1,
+
+    averaged over `num_probes` vectors, absolute values taken, and raised to at least `floor` times the largest entry.
+
+    Cost: num_probes products; then one vector operation per step. The estimate of entry i is off by about
+    sqrt(sum_{j != i} A_ij^2 / num_probes): good for matrices that their diagonal dominates, of no use for others, where
+    it can slow CG down. CG's answer does not depend on it, only the number of steps.
+
+    Args:
+        num_probes: random vectors to average over.
+        seed: their seed; no generator's state is used.
+        floor: smallest entry of the diagonal relative to the largest.
+
+    Raises:
+        ValueError: for an option out of range.
+
+    Example:
+        >>> import torch
+        >>> from hypergrad.operators import Matrix
+        >>> M, products = HutchinsonDiagonal(num_probes=1).build(Matrix(torch.diag(torch.tensor([1.0, 100.0]))))
+        >>> M(torch.ones(2)), products
+        (tensor([1.0000, 0.0100]), 1)
+
+    Reference: C. Bekas, E. Kokiopoulou, Y. Saad, "An estimator for the diagonal of a matrix", 2007.
+    """
+
+    num_probes: int = 8
+    seed: int = 0
+    floor: float = 1e-6
+
+    def __post_init__(self) -> None:
+        """Validate the options."""
+        check_count("HutchinsonDiagonal", "num_probes", self.num_probes)
+        check_count("HutchinsonDiagonal", "seed", self.seed, minimum=0)
+        check_number("HutchinsonDiagonal", "floor", self.floor, positive=True)
+
+    def build(self, op: Operator) -> tuple[Apply, int]:
+        """Return r -> r / |diagonal|, and `num_probes`."""
+        total = torch.zeros(op.size, dtype=op.dtype, device=op.device)
+        for stream in range(self.num_probes):
+            z = rademacher(op.size, seed=self.seed, stream=stream, dtype=op.dtype, device=op.device)
+            total = total + z * op.mv(z)
+        diagonal = (total / self.num_probes).abs()
+        largest = torch.linalg.vector_norm(diagonal, float("inf"))
+        diagonal = torch.maximum(diagonal, self.floor * torch.where(largest > 0, largest, 1.0))
+        return (lambda r: r / diagonal), self.num_probes
+
+
+@final
+@dataclass(frozen=True)
+class SecondMoment(Preconditioner):
+    """M = 1 / (v^power + eps), v the second-moment estimate of the lower level's adaptive optimizer.
+
+    Free: no products, since Adam, RMSprop and their like have v already. With power 1/2 it is the diagonal
+        they divide
+    by, whose relation to the diagonal of the Hessian is a heuristic; CG's answer does not depend on it, only
+    the number of steps, which can also rise.
+
+    Args:
+        power: 0.5 for the optimizer's own scaling, 1 for that of the empirical Fisher matrix.
+        eps: added to v^power; in a damped system a value near the damping is sensible.
+
+    Raises:
+        ValueError: for an option out of range, and by `build` if the operator carries no second moment.
+
+    Example:
+        >>> import torch
+        >>> from hypergrad.operators import Function
+        >>> v = torch.tensor([4.0, 16.0])
+        >>> A = Function(lambda r: r, size=2, dtype=v.dtype, device="cpu", symmetric=True, second_moment=v)
+        >>> M, products = SecondMoment().build(A)
+        >>> M(torch.ones(2)), products
+        (tensor([0.5000, 0.2500]), 0)
+
+    Reference: D. P. Kingma, J. Ba, "Adam: A Method for Stochastic Optimization", 2015, arXiv 1412.6980.
+    """
+
+    power: float = 0.5
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        """Validate the options."""
+        check_number("SecondMoment", "power", self.power, positive=True)
+        check_number("SecondMoment", "eps", self.eps, positive=True)
+
+    def build(self, op: Operator) -> tuple[Apply, int]:
+        """Return r -> r / (v^power + eps), and 0."""
+        if op.second_moment is None:
+            raise ValueError(
+                "SecondMoment needs an operator with a second moment, and this one has none. Run the lower level with "
+                "an adaptive optimizer that keeps one (Adam, AdamW, RMSprop, Adagrad), or use HutchinsonDiagonal()."
+            )
+        scale = op.second_moment.to(op.dtype) ** self.power + self.eps
+        return (lambda r: r / scale), 0
+
+
+@final
+@dataclass(frozen=True)
+class NystromPreconditioner(Preconditioner):
+    """M = (A_nys + rho I)^{-1}, or the same with the space beyond the rank scaled by the last eigenvalue kept.
+
+        M = Q (core + rho I)^{-1} Q^T + (I - Q Q^T) / rho,       damping = rho,
+        M = Q core^{-1} Q^T + (I - Q Q^T) / lambda,              damping = None,
+
+    with A_nys = Q core Q^T as in `Nystrom` and lambda = 1 / norm(core^{-1}), an estimate of the smallest eigenvalue of
+    core. CG then sees the eigenvalues in the span of Q near 1 and the others relative to rho or lambda.
+
+    Cost: min(rank, n) products; then two n x rank products per step. For spectra that fall off fast; a flat
+        spectrum
+    gains nothing. An operator that is not positive semidefinite gets M = I.
+
+    Args:
+        rank: number of random vectors.
+        damping: rho, or None.
+        seed: seed of the random vectors; no generator's state is used.
+
+    Raises:
+        ValueError: for an option out of range.
+
+    Example:
+        >>> import torch
+        >>> from hypergrad.operators import Matrix
+        >>> A = Matrix(torch.diag(torch.tensor([2.0, 4.0])), symmetric=True)
+        >>> M, products = NystromPreconditioner(rank=2).build(A)
+        >>> M(torch.ones(2)), products
+        (tensor([0.5000, 0.2500]), 2)
+
+    Reference: Z. Frangella, J. A. Tropp, M. Udell, "Randomized Nystrom Preconditioning", 2021, arXiv 2110.02820.
+    """
+
+    rank: int = 10
+    damping: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Validate the options."""
+        check_count("NystromPreconditioner", "rank", self.rank)
+        check_count("NystromPreconditioner", "seed", self.seed, minimum=0)
+        if self.damping is not None:
+            check_number("NystromPreconditioner", "damping", self.damping, positive=True)
+
+    def build(self, op: Operator) -> tuple[Apply, int]:
+        """Return r -> M r, and the products spent."""
+        low_rank = approximate(op, self.rank, self.seed)
+        if self.damping is None:
+            factor, exists = shifted_inverse(low_rank, torch.zeros((), dtype=op.dtype, device=op.device))
+            inverse = torch.cholesky_inverse(factor)
+            shift = 1.0 / torch.linalg.vector_norm(inverse)
+        else:
+            shift = torch.full((), self.damping, dtype=op.dtype, device=op.device)
+            factor, exists = shifted_inverse(low_rank, shift)
+        usable = exists & ~low_rank.failed
+        return (
+            lambda r: torch.where(usable, apply_inverse(low_rank, factor, shift, r), r)
+        ), low_rank.num_products
