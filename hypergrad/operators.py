@@ -22,7 +22,8 @@ class Operator(ABC):
         size: the length n of the vectors.
         dtype: the dtype of vectors and products.
         device: their device.
-        symmetric: whether A = A^T is promised. Solvers that need symmetry refuse an operator without the promise.
+        symmetric: whether A = A^T is promised. Solvers that need symmetry refuse an operator without the
+            promise.
         second_moment: a flat vector with an adaptive optimizer's second-moment estimate, for preconditioning,
             or None.
     """
@@ -92,7 +93,8 @@ class Function(Operator):
 
     Args:
         mv: v -> A v, linear in v; both of shape (size,).
-        rmv: v -> A^T v. May be left out; a symmetric operator then answers with `mv`, another raises when asked.
+        rmv: v -> A^T v. May be left out; a symmetric operator then answers with `mv`, another raises when
+            asked.
         size: the length n of the vectors.
         dtype: the dtype of vectors and products.
         device: their device.
@@ -263,7 +265,8 @@ class Sum(Operator):
             if (op.size, op.dtype, op.device) != (first.size, first.dtype, first.device):
                 raise ValueError(
                     f"Sum expects operators of one size, dtype and device; operator {index} has "
-                    f"({op.size}, {op.dtype}, {op.device}), operator 0 ({first.size}, {first.dtype}, {first.device})."
+                    f"({op.size}, {op.dtype}, {op.device}), "
+                    f"operator 0 has ({first.size}, {first.dtype}, {first.device})."
                 )
         self.ops = tuple(ops)
         self.size = first.size

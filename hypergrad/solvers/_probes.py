@@ -16,13 +16,13 @@ _MASK = 0xFFFFFFFF
 
 
 def rademacher(size: int, *, seed: int, stream: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return a vector of independent +1 and -1, shape (size,); `stream` numbers the vectors drawn from one seed."""
+    """Return a vector of independent +1 and -1, shape (size,); `stream` numbers the vectors of one seed."""
     sign = _hash(size, seed, stream, 0, device) >> 31
     return (1 - 2 * sign).to(dtype)
 
 
 def gaussian(size: int, *, seed: int, stream: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return a vector of nearly standard normal entries, shape (size,): the centred sum of eight 16-bit uniforms.
+    """Return a vector of nearly standard normal entries, shape (size,): sums of eight 16-bit uniforms.
 
     Mean 0, variance 1, excess kurtosis -0.15, largest value 4.9.
     """
@@ -42,7 +42,7 @@ def _hash(size: int, seed: int, stream: int, word: int, device: torch.device) ->
 
 
 def _mix(bits: Tensor) -> Tensor:
-    """Return a bijective mix of 32-bit integers: xor-shift and multiply, constants by C. Wellons ("lowbias32")."""
+    """Return a bijective mix of 32-bit integers: xor-shifts and multiplies, constants by C. Wellons."""
     bits = bits ^ (bits >> 16)
     bits = (bits * 0x21F0AAAD) & _MASK
     bits = bits ^ (bits >> 15)

@@ -1,9 +1,9 @@
 """What a linear solver is, what it returns, and how every solver here begins and ends.
 
-A solver is an immutable value; `solve(op, b)` returns a `Solution` for A x = b. Nothing in a solve reads a tensor's
-value unless `check_every` asks for it, so that a solve runs on an accelerator without waiting, and inside
-`vmap`, `torch.compile(fullgraph=True)` and fake tensors. After convergence the remaining iterations change
-nothing.
+A solver is an immutable value; `solve(op, b)` returns a `Solution` for A x = b. Nothing in a solve reads a
+tensor's value unless `check_every` asks for it, so that a solve runs on an accelerator without waiting, and
+inside `vmap`, `torch.compile(fullgraph=True)` and fake tensors. After convergence the remaining iterations
+change nothing.
 """
 
 from __future__ import annotations
@@ -119,8 +119,8 @@ def check_interval(check_every: CheckEvery, b: Tensor, name: str) -> int:
         return 1 if b.device.type == "cpu" and reads_allowed(b) else 0
     if in_transform():
         raise ValueError(
-            f"{name}(check_every={check_every}) reads a value every {check_every} steps, which torch.func transforms "
-            "and torch.compile do not allow. Use check_every=None, or 'auto'."
+            f"{name}(check_every={check_every}) reads a value every {check_every} steps, which torch.func "
+            "transforms and torch.compile do not allow. Use check_every=None, or 'auto'."
         )
     return check_every
 
@@ -150,8 +150,8 @@ class Start(NamedTuple):
 def start(op: Operator, b: Tensor, x0: Tensor | None, *, rtol: float, atol: float) -> Start:
     """Return the scaled system from which an iterative solver begins.
 
-    The solve stops when norm(b - A x) <= max(rtol * norm(b), atol). The tolerance is never below eps^2 times the first
-    residual: a recurrence that falls further says nothing about x.
+    The solve stops when norm(b - A x) <= max(rtol * norm(b), atol). The tolerance is never below eps^2 times
+    the first residual: a recurrence that falls further says nothing about x.
     """
     b_scale = torch.linalg.vector_norm(b, float("inf")) if b.numel() else b.new_zeros(())
     finite = b_scale < float("inf")

@@ -36,8 +36,8 @@ class CG(Solver):
         a_k = r_k.M r_k / p_k.A p_k,  x_{k+1} = x_k + a_k p_k,  r_{k+1} = r_k - a_k A p_k,
         p_{k+1} = M r_{k+1} + (r_{k+1}.M r_{k+1} / r_k.M r_k) p_k,
 
-    until norm(r_k) <= max(rtol * norm(b), atol), always the residual itself, preconditioned or not. The residual is
-    the recurrence's, which in rounding arithmetic can fall below the true one.
+    until norm(r_k) <= max(rtol * norm(b), atol), always the residual itself, preconditioned or not. The
+    residual is the recurrence's, which in rounding arithmetic can fall below the true one.
 
     Cost: one product a step, 15 small kernels (6 of them over full vectors), four vectors of memory; one more
         product
@@ -53,9 +53,9 @@ class CG(Solver):
         atol: absolute tolerance.
         preconditioner: a positive definite approximation of the inverse of A, see
             `hypergrad.solvers.preconditioners`.
-        check_every: how often to ask whether to stop early. "auto": every step on CPU in eager mode, where asking is
-            free, and never on an accelerator or inside transforms and compiled code; None: never; n: every n
-            steps.
+        check_every: how often to ask whether to stop early. "auto": every step on CPU in eager mode, where
+            asking is free, and never on an accelerator or inside transforms and compiled code; None: never;
+            n: every n steps.
 
     Raises:
         ValueError: for an option out of range.
@@ -88,7 +88,8 @@ class CG(Solver):
         check_check_every("CG", self.check_every)
         if self.preconditioner is not None and not isinstance(self.preconditioner, Preconditioner):
             raise ValueError(
-                f"CG expects preconditioner to be a Preconditioner or None, got preconditioner={self.preconditioner!r}. "
+                "CG expects preconditioner to be a Preconditioner or None, "
+                f"got preconditioner={self.preconditioner!r}. "
                 "See hypergrad.solvers.preconditioners, for example HutchinsonDiagonal()."
             )
 
@@ -114,7 +115,8 @@ class CG(Solver):
             Ap = op.mv(p)
             num_products += 1
             curvature = torch.dot(p, Ap)
-            # One factor masks everything: it is 0 after convergence, at curvature <= 0 and when a value is not finite.
+            # One factor masks everything: it is 0 after convergence, at curvature <= 0 and when a value is
+            # not finite.
             alpha = torch.nan_to_num(live / curvature, nan=0.0, posinf=0.0, neginf=0.0).clamp(min=0.0)
             moved = alpha > 0
             moves.append(moved)

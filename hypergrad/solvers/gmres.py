@@ -46,9 +46,9 @@ class GMRES(Solver):
 
         norm(b - A x_k) = norm(norm(r_0) e_1 - H y)
 
-    over the Krylov space, by plane rotations H = Q^T R; stopped when norm(r_k) <= max(rtol * norm(b), atol). Every
-    vector is orthogonalised twice against all before it, which keeps V orthonormal to rounding. The residual
-    norm is the recurrence's within a cycle; every restart computes the residual anew.
+    over the Krylov space, by plane rotations H = Q^T R; stopped when norm(r_k) <= max(rtol * norm(b), atol).
+    Every vector is orthogonalised twice against all before it, which keeps V orthonormal to rounding. The
+    residual norm is the recurrence's within a cycle; every restart computes the residual anew.
 
     Cost: one product a step, one per restart, one for a start x0; memory for `restart + 1` vectors, and step
         k of a
@@ -70,12 +70,13 @@ class GMRES(Solver):
         >>> import torch
         >>> from hypergrad.operators import Matrix
         >>> A = Matrix(torch.tensor([[0.0, 1.0], [-2.0, 0.0]], dtype=torch.float64))
-        >>> GMRES(max_steps=2).solve(A, torch.tensor([3.0, 4.0], dtype=torch.float64)).x
+        >>> GMRES(max_steps=2).solve(A, torch.tensor([3.0, 4.0], dtype=torch.float64)).x.round(decimals=9)
         tensor([-2.,  3.], dtype=torch.float64)
 
-    Reference: Y. Saad, M. H. Schultz, "GMRES: A Generalized Minimal Residual Algorithm for Solving Nonsymmetric Linear
-    Systems", 1986; on orthogonalising twice: L. Giraud, J. Langou, M. Rozloznik, "The loss of orthogonality in the
-    Gram-Schmidt orthogonalization process", 2005.
+    Reference: Y. Saad, M. H. Schultz, "GMRES: A Generalized Minimal Residual Algorithm for Solving
+        Nonsymmetric Linear
+    Systems", 1986; on orthogonalising twice: L. Giraud, J. Langou, M. Rozloznik, "The loss of orthogonality
+    in the Gram-Schmidt orthogonalization process", 2005.
     """
 
     max_steps: int = 10
@@ -97,7 +98,8 @@ class GMRES(Solver):
             check_count("GMRES", "restart", self.restart)
             if self.restart > self.max_steps:
                 raise ValueError(
-                    f"GMRES expects restart <= max_steps, got restart={self.restart}, max_steps={self.max_steps}. "
+                    f"GMRES expects restart <= max_steps, got restart={self.restart}, "
+                    f"max_steps={self.max_steps}. "
                     "Use restart=None for no restart."
                 )
 

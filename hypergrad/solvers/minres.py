@@ -35,9 +35,9 @@ class MINRES(Solver):
         A v_k = beta_{k+1} v_{k+1} + alpha_k v_k + beta_k v_{k-1},
 
     are reduced by one plane rotation a step, T = Q R, with directions W = V R^{-1}, so that x_k minimises
-    norm(b - A x) over the Krylov space; stopped when norm(r_k) <= max(rtol * norm(b), atol). The residual norm is the
-    recurrence's, |s_1 ... s_k| norm(r_0) with s_i the rotations' sines; it can fall below the true one once
-    the v_k lose orthogonality.
+    norm(b - A x) over the Krylov space; stopped when norm(r_k) <= max(rtol * norm(b), atol). The residual
+    norm is the recurrence's, |s_1 ... s_k| norm(r_0) with s_i the rotations' sines; it can fall below the
+    true one once the v_k lose orthogonality.
 
     Cost: one product a step, about 30 small kernels, six vectors of memory; one more product for a start x0.
 
@@ -58,7 +58,7 @@ class MINRES(Solver):
         >>> import torch
         >>> from hypergrad.operators import Matrix
         >>> A = Matrix(torch.tensor([[1.0, 0.0], [0.0, -2.0]], dtype=torch.float64), symmetric=True)
-        >>> MINRES(max_steps=2).solve(A, torch.tensor([1.0, 2.0], dtype=torch.float64)).x
+        >>> MINRES(max_steps=2).solve(A, torch.tensor([1.0, 2.0], dtype=torch.float64)).x.round(decimals=9)
         tensor([ 1., -1.], dtype=torch.float64)
 
     Reference: C. C. Paige, M. A. Saunders, "Solution of Sparse Indefinite Systems of Linear Equations", 1975.

@@ -87,8 +87,8 @@ class Neumann(Solver):
             value = self.num_power_steps if option == "num_power_steps" else self.seed
             if value != default:
                 raise ValueError(
-                    f"Neumann uses {option}={value} only to estimate a step size, and step_size={self.step_size} is "
-                    f"given. Leave one of them out."
+                    f"Neumann uses {option}={value} only to estimate a step size, "
+                    f"and step_size={self.step_size} is given. Leave one of them out."
                 )
 
     def solve(self, op: Operator, b: Tensor, *, x0: Tensor | None = None) -> Solution:

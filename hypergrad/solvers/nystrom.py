@@ -44,8 +44,8 @@ class LowRank(NamedTuple):
 def approximate(op: Operator, rank: int, seed: int) -> LowRank:
     """Return the randomized Nystrom approximation of `op`.
 
-    With W an orthonormal basis of the span of `rank` random vectors and Y = A W + s W, a tiny shift s keeping W^T Y
-    positive definite,
+    With W an orthonormal basis of the span of `rank` random vectors and Y = A W + s W, a tiny shift s keeping
+    W^T Y positive definite,
 
         A_nys = Y (W^T Y)^{-1} Y^T = B B^T,  B = Y C^{-T},  C C^T = W^T Y,  B = Q R,  core = R R^T.
 
@@ -78,7 +78,7 @@ def shifted_inverse(low_rank: LowRank, shift: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def apply_inverse(low_rank: LowRank, factor: Tensor, shift: Tensor, v: Tensor) -> Tensor:
-    """Return Q (core + shift I)^{-1} Q^T v + (v - Q Q^T v) / shift, the second part only if it is not empty."""
+    """Return Q (core + shift I)^{-1} Q^T v + (v - Q Q^T v) / shift, the second part unless it is empty."""
     inside = low_rank.q.mT @ v
     solved = low_rank.q @ torch.cholesky_solve(inside.unsqueeze(1), factor).squeeze(1)
     if low_rank.complete:
@@ -93,15 +93,16 @@ class Nystrom(Solver):
 
         x = (A_nys + rho I)^{-1} b = Q (core + rho I)^{-1} Q^T b + (b - Q Q^T b) / rho,
 
-    where A_nys = Q core Q^T (Q: n x r, orthonormal columns) is the randomized Nystrom approximation from `rank`
-    random vectors and rho = damping. This is Woodbury's formula written without a difference of large numbers.
+    where A_nys = Q core Q^T (Q: n x r, orthonormal columns) is the randomized Nystrom approximation from
+    `rank` random vectors and rho = damping. This is Woodbury's formula written without a difference of large
+    numbers.
 
     Cost: min(rank, n) products and one for the residual; memory for a few n x rank matrices and n rank^2
         work. The
     products are independent of b and of each other.
 
-    Biased by rho, and by the eigenvalues beyond the rank, which count as 0 (as rho, with it): exact for rank = n and
-    rho -> 0, good where A is of low rank plus rho I. There is no tolerance: SUCCESS means computed;
+    Biased by rho, and by the eigenvalues beyond the rank, which count as 0 (as rho, with it): exact for rank
+    = n and rho -> 0, good where A is of low rank plus rho I. There is no tolerance: SUCCESS means computed;
     residual_norm, norm(b - A x) without rho, says how well. An operator with negative eigenvalues in sight of
     the sketch ends in `Result.NEGATIVE_CURVATURE`.
 
@@ -121,7 +122,8 @@ class Nystrom(Solver):
         >>> Nystrom(rank=2, damping=1e-12).solve(A, torch.ones(2, dtype=torch.float64)).x
         tensor([0.5000, 0.2500], dtype=torch.float64)
 
-    Reference: R. Hataya, M. Yamada, "Nystrom Method for Accurate and Scalable Implicit Differentiation", 2023,
+    Reference: R. Hataya, M. Yamada, "Nystrom Method for Accurate and Scalable Implicit Differentiation",
+        2023,
     arXiv 2302.09726; Z. Frangella, J. A. Tropp, M. Udell, "Randomized Nystrom Preconditioning", 2021,
     arXiv 2110.02820.
     """

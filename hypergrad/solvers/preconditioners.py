@@ -38,11 +38,12 @@ class HutchinsonDiagonal(Preconditioner):
 
         diag(A) = E[z * A z]  for z with independent entries +1 and -1,
 
-    averaged over `num_probes` vectors, absolute values taken, and raised to at least `floor` times the largest entry.
+    averaged over `num_probes` vectors, absolute values taken, and raised to at least `floor` times the
+    largest entry.
 
     Cost: num_probes products; then one vector operation per step. The estimate of entry i is off by about
-    sqrt(sum_{j != i} A_ij^2 / num_probes): good for matrices that their diagonal dominates, of no use for others, where
-    it can slow CG down. CG's answer does not depend on it, only the number of steps.
+    sqrt(sum_{j != i} A_ij^2 / num_probes): good for matrices that their diagonal dominates, of no use for
+    others, where it can slow CG down. CG's answer does not depend on it, only the number of steps.
 
     Args:
         num_probes: random vectors to average over.
@@ -55,7 +56,8 @@ class HutchinsonDiagonal(Preconditioner):
     Example:
         >>> import torch
         >>> from hypergrad.operators import Matrix
-        >>> M, products = HutchinsonDiagonal(num_probes=1).build(Matrix(torch.diag(torch.tensor([1.0, 100.0]))))
+        >>> A = Matrix(torch.diag(torch.tensor([1.0, 100.0])))
+        >>> M, products = HutchinsonDiagonal(num_probes=1).build(A)
         >>> M(torch.ones(2)), products
         (tensor([1.0000, 0.0100]), 1)
 
@@ -125,8 +127,9 @@ class SecondMoment(Preconditioner):
         """Return r -> r / (v^power + eps), and 0."""
         if op.second_moment is None:
             raise ValueError(
-                "SecondMoment needs an operator with a second moment, and this one has none. Run the lower level with "
-                "an adaptive optimizer that keeps one (Adam, AdamW, RMSprop, Adagrad), or use HutchinsonDiagonal()."
+                "SecondMoment needs an operator with a second moment, and this one has none. "
+                "Run the lower level with an adaptive "
+                "optimizer that keeps one (Adam, AdamW, RMSprop, Adagrad), or use HutchinsonDiagonal()."
             )
         scale = op.second_moment.to(op.dtype) ** self.power + self.eps
         return (lambda r: r / scale), 0
@@ -135,13 +138,14 @@ class SecondMoment(Preconditioner):
 @final
 @dataclass(frozen=True)
 class NystromPreconditioner(Preconditioner):
-    """M = (A_nys + rho I)^{-1}, or the same with the space beyond the rank scaled by the last eigenvalue kept.
+    """M = (A_nys + rho I)^{-1}, or the same with the space beyond the rank scaled by the last eigenvalue.
 
         M = Q (core + rho I)^{-1} Q^T + (I - Q Q^T) / rho,       damping = rho,
         M = Q core^{-1} Q^T + (I - Q Q^T) / lambda,              damping = None,
 
-    with A_nys = Q core Q^T as in `Nystrom` and lambda = 1 / norm(core^{-1}), an estimate of the smallest eigenvalue of
-    core. CG then sees the eigenvalues in the span of Q near 1 and the others relative to rho or lambda.
+    with A_nys = Q core Q^T as in `Nystrom` and lambda = 1 / norm(core^{-1}), an estimate of the smallest
+    eigenvalue of core. CG then sees the eigenvalues in the span of Q near 1 and the others relative to rho or
+    lambda.
 
     Cost: min(rank, n) products; then two n x rank products per step. For spectra that fall off fast; a flat
         spectrum
@@ -163,7 +167,8 @@ class NystromPreconditioner(Preconditioner):
         >>> M(torch.ones(2)), products
         (tensor([0.5000, 0.2500]), 2)
 
-    Reference: Z. Frangella, J. A. Tropp, M. Udell, "Randomized Nystrom Preconditioning", 2021, arXiv 2110.02820.
+    Reference: Z. Frangella, J. A. Tropp, M. Udell, "Randomized Nystrom Preconditioning", 2021, arXiv
+        2110.02820.
     """
 
     rank: int = 10
