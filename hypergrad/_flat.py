@@ -89,6 +89,19 @@ class Layout:
                 )
 
 
+def as_params(params: Mapping[str, Tensor]) -> Params:
+    """Return `params` as a plain dict of constants: detached, also from the levels of surrounding transforms."""
+    return {name: _constant(tensor) for name, tensor in params.items()}
+
+
+def _constant(tensor: Tensor) -> Tensor:
+    constant = tensor.detach()
+    if not torch.compiler.is_compiling():
+        while torch._C._functorch.is_gradtrackingtensor(constant):  # a level that may end before the record is read
+            constant = torch._C._functorch.get_unwrapped(constant)
+    return constant
+
+
 def check_params(params: Mapping[str, Tensor], what: str) -> None:
     """Raise a ValueError unless `params` is a non-empty dict of floating-point tensors on one device."""
     if not isinstance(params, Mapping):

@@ -1,1 +1,27 @@
+"""Hypergradient methods, one file each, and the two functions that apply them."""
 
+from hypergrad.methods.base import Method, Pulled, ResponseMethod, Total
+from hypergrad.methods.evaluate import Hypergradient, best_response, hypergradient
+from hypergrad.methods.finite_difference import FiniteDifference
+from hypergrad.methods.implicit import Implicit
+from hypergrad.methods.one_step import OneStep
+from hypergrad.methods.penalty import Penalty
+from hypergrad.methods.sama import SAMA
+from hypergrad.methods.unrolled import ForwardUnrolled, Unrolled
+
+__all__ = [
+    "SAMA",
+    "FiniteDifference",
+    "ForwardUnrolled",
+    "Hypergradient",
+    "Implicit",
+    "Method",
+    "OneStep",
+    "Penalty",
+    "Pulled",
+    "ResponseMethod",
+    "Total",
+    "Unrolled",
+    "best_response",
+    "hypergradient",
+]

@@ -1,0 +1,111 @@
+"""What methods refuse, in one place: each message names the option or the run, and what to use instead."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from hypergrad._flat import Params
+from hypergrad._functional import in_transform
+from hypergrad.methods.base import Method
+from hypergrad.trajectory import Trajectory
+
+
+def check_option(holds: bool, owner: str, option: str, value: Any, expected: str) -> None:
+    """Raise a ValueError that names the option unless `holds`."""
+    if not holds:
+        raise ValueError(f"{owner}: {option} must be {expected}, got {value!r}.")
+
+
+def check_run(method: Method, trajectory: Trajectory, why: str) -> None:
+    """Raise a ValueError unless the lower solution is the end of a recorded run."""
+    if not trajectory.steps:
+        raise ValueError(
+            f"{type(method).__name__} {why}, but this lower solution came from elsewhere (solved or solved_root). Record a "
+            "run with hg.descend(...), or use hg.Implicit, which needs the solution only."
+        )
+
+
+def check_loss(method: Method, trajectory: Trajectory) -> None:
+    """Raise a ValueError unless the lower level is a minimization."""
+    if trajectory.root is not None:
+        raise ValueError(
+            f"{type(method).__name__} needs a lower loss; this lower level is the root of a map (solved_root). "
+            "Use hg.Implicit with hg.GMRES or hg.Exact."
+        )
+
+
+def check_fixed_point(
+    method: Method, trajectory: Trajectory, upper: Params, *, decoupled: Literal["refuse", "ignore"] = "ignore"
+) -> None:
+    """Raise a ValueError if the run's fixed point is not the stationarity of loss and coupled weight decay."""
+    if not trajectory.steps:
+        return
+    last = trajectory.steps[-1]
+    recipe = last.recipe
+    name = type(method).__name__
+    if recipe.project is not None:
+        raise ValueError(
+            f"{name}: the lower run applies `project`, so its solution is not a stationary point of the loss. Use "
+            "hg.Unrolled, or hg.solved_root(F, ...) with F = w - project(w - step * gradient) and hg.GMRES."
+        )
+    unmoved = sorted(set(recipe.hyper) - {"weight_decay"})
+    if unmoved and _depends_on_upper(recipe.hyper_values, unmoved, upper, last.index):
+        raise ValueError(
+            f"{name}: the optimizer's {unmoved} as a function of the upper parameters does not move the fixed point of the "
+            "lower level, so its derivative here would be zero. Use hg.Unrolled or hg.ForwardUnrolled."
+        )
+    if decoupled == "refuse" and recipe.optimizer.is_decoupled():
+        raise ValueError(
+            f"{name}: the lower optimizer has decoupled weight decay (AdamW), whose fixed point depends on the optimizer's "
+            "preconditioner. Use coupled decay (Adam with weight_decay, or a penalty in the loss), hg.Unrolled, or pass "
+            "decoupled='ignore' to leave the decay out."
+        )
+
+
+def check_start(method: Method, trajectory: Trajectory, grad: Params) -> None:
+    """Raise a ValueError if the run began at a function of `upper` that the method ignores and the loss does not read."""
+    if trajectory.start is not None and not grad:
+        raise ValueError(
+            f"{type(method).__name__} ignores where the lower run begins, and the lower loss does not read the upper "
+            "parameters otherwise: the hypergradient would be zero. Use hg.Unrolled (truncate=0 is FOMAML), or add a "
+            "proximal term that reads them to the lower loss (iMAML)."
+        )
+
+
+def check_initial(method: Method, state: Tensor | None, like: Tensor, *, warm_start: bool) -> None:
+    """Raise a ValueError if `state` cannot warm-start this solve."""
+    if state is None:
+        return
+    if not warm_start:
+        raise ValueError(f"{type(method).__name__}: state was given, but warm_start is False. Construct it with warm_start=True.")
+    if state.shape != like.shape:
+        raise ValueError(
+            f"{type(method).__name__}: state has shape {tuple(state.shape)}, this solve needs {tuple(like.shape)}. Pass the "
+            "h.state of a call on the same lower parameters, or None."
+        )
+
+
+def refuse_state(method: Method, state: Tensor | None) -> None:
+    """Raise a ValueError if a warm start was given to a method that keeps none."""
+    if state is not None:
+        raise ValueError(f"{type(method).__name__} solves nothing iteratively and takes no warm start: pass state=None.")
+
+
+def _depends_on_upper(hyper_values: Any, names: list[str], upper: Params, index: int) -> bool:
+    if in_transform():
+        return True
+    leaves = {name: u.detach().requires_grad_() for name, u in upper.items()}
+    with torch.enable_grad():
+        values = hyper_values(leaves, index)
+    return any(_requires_grad(values[name]) for name in names)
+
+
+def _requires_grad(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(_requires_grad(v) for v in value.values())
+    if isinstance(value, (list, tuple)):
+        return any(_requires_grad(v) for v in value)
+    return isinstance(value, Tensor) and value.requires_grad

@@ -1,0 +1,145 @@
+"""What a hypergradient method is.
+
+A `ResponseMethod` is a VJP rule for the best response upper -> lower*(upper): given a cotangent of the lower solution it
+returns one of the upper parameters. Rules chain along a graph of levels. A method without such a rule implements the
+wider `Method` alone: d(upper loss)/d(upper), whole.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from hypergrad._flat import Params
+from hypergrad._functional import in_transform, named, scalar
+from hypergrad._result import Result, Stats
+from hypergrad.trajectory import Recording, Trajectory
+
+UpperLoss = Callable[[Params, Params, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """What a rule returns.
+
+    Attributes:
+        grad: the cotangent of the upper parameters by name; a name left out counts as zero.
+        result: a `Result` code as an integer tensor; None where nothing can break down.
+        stats: statistics by name, tensors.
+        state: what warm-starts the next call, or None.
+    """
+
+    grad: Params
+    result: Tensor | None = None
+    stats: Stats = field(default_factory=Stats)
+    state: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Total(Pulled):
+    """What a method returns for a whole upper loss: `grad` holds the direct term too."""
+
+    value: Tensor = field(default_factory=lambda: torch.zeros(()))
+
+
+class Method(ABC):
+    """d(upper loss)/d(upter) given the record of a lower run."""
+
+    differentiable: ClassVar[bool] = False
+    """Whether the rule can itself be differentiated, as a level with levels below needs."""
+    perturbs: ClassVar[bool] = False
+    """Whether the lower loss is evaluated away from the recorded points."""
+
+    def recording(self, num_steps: int) -> Recording:  # noqa: ARG002 - for methods that read less
+        """Return which states of a run of `num_steps` this method reads."""
+        return Recording()
+
+    @abstractmethod
+    def total(
+        self, upper_loss: UpperLoss, trajectory: Trajectory, upper: Params, batch: Any, state: Tensor | None
+    ) -> Total:
+        """Return the upper loss and its derivative in `upper`, with the lower level responding."""
+
+
+class ResponseMethod(Method):
+    """A method that is a VJP rule for the best response. Write `vjp`; the rest follows."""
+
+    @abstractmethod
+    def vjp(self, trajectory: Trajectory, upper: Params, cotangent: Tensor, state: Tensor | None = None) -> Pulled:
+        """Return (d lower*/d upper)^T cotangent.
+
+        Args:
+            trajectory: the lower run or solution.
+            upper: the upper parameters it was made with, detached.
+            cotangent: over the lower solution, shape (trajectory.layout.size,).
+            state: `Pulled.state` of an earlier call, or None.
+        """
+
+    def differentiable_vjp(self, trajectory: Trajectory, end: Tensor, upper: Params, cotangent: Tensor) -> Params:  # noqa: ARG002
+        """Return the same cotangent as a differentiable function of `end`, `upper` and `cotangent`."""
+        raise ValueError(
+            f"{type(self).__name__} has no differentiable rule, which second derivatives through the best response need. "
+            "Use hg.Unrolled or hg.Implicit for that level, or Engine(partial_hessian=True)."
+        )
+
+    def total(
+        self, upper_loss: UpperLoss, trajectory: Trajectory, upper: Params, batch: Any, state: Tensor | None
+    ) -> Total:
+        """Return the direct derivative of the upper loss plus the rule's pullback of its lower one."""
+        value, cotangent, direct = partials(upper_loss, trajectory, upper, batch)
+        pulled = self.vjp(trajectory, upper, cotangent, state)
+        if not direct and not pulled.grad:
+            raise ValueError(
+                f"nothing depends on upper={list(upper)}: neither the upper loss nor the lower level reads it. "
+                "Use the `upper` argument inside the losses, and do not detach it."
+            )
+        grad = {name: _sum(u, direct.get(name), pulled.grad.get(name)) for name, u in upper.items()}
+        return Total(grad, pulled.result, pulled.stats, pulled.state, value)
+
+
+def partials(
+    upper_loss: UpperLoss, trajectory: Trajectory, upper: Params, batch: Any
+) -> tuple[Tensor, Tensor, Params]:
+    """Return the upper loss at the lower solution, and its partial derivatives in the flat lower and in `upper`."""
+
+    def loss(flat: Tensor, u: Params) -> Tensor:
+        return scalar(upper_loss(trajectory.named(flat), u, batch), "the upper loss")
+
+    if in_transform():
+        (cotangent, direct), value = torch.func.grad_and_value(loss, argnums=(0, 1))(trajectory.end_flat, upper)
+        return value, cotangent, direct
+    with torch.enable_grad():
+        flat = trajectory.end_flat.detach().requires_grad_()
+        leaves = {name: u.detach().requires_grad_() for name, u in upper.items()}
+        value = loss(flat, leaves)
+        if not value.requires_grad:
+            raise ValueError(
+                "the upper loss depends neither on the lower nor on the upper parameters it receives: its value carries "
+                "no gradient. Compute it from its arguments, without .detach(), .item() or torch.no_grad()."
+            )
+        cotangent, *direct_list = torch.autograd.grad(value, [flat, *leaves.values()], allow_unused=True)
+    if cotangent is None:
+        cotangent = torch.zeros_like(flat)
+    return value.detach(), cotangent, named(leaves, direct_list)
+
+
+def _sum(like: Tensor, first: Tensor | None, second: Tensor | None) -> Tensor:
+    if first is None or second is None:
+        only = second if first is None else first
+        return torch.zeros_like(like) if only is None else only
+    return first + second
+
+
+def finite_code(result: Tensor | None, value: Tensor, grad: Params) -> Tensor:
+    """Return `result`, or NON_FINITE where the value or the gradient is not finite and `result` is no breakdown."""
+    finite = torch.isfinite(value)
+    for g in grad.values():
+        finite = finite & torch.isfinite(g).all()
+    code = Result.SUCCESS.tensor(value.device) if result is None else result
+    unexplained = ~finite & (code < int(Result.NEGATIVE_CURVATURE))
+    return torch.where(unexplained, Result.NON_FINITE.tensor(value.device), code)

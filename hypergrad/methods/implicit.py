@@ -1,0 +1,121 @@
+"""Implicit differentiation of the lower level's stationarity condition."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from hypergrad._flat import Params
+from hypergrad._result import Stats
+from hypergrad.methods._refusals import check_fixed_point, check_initial, check_option, check_start
+from hypergrad.methods.base import Pulled, ResponseMethod
+from hypergrad.methods._solve import differentiable_solve
+from hypergrad.operators import Damped
+from hypergrad.solvers import Solver
+from hypergrad.stationarity import Curvature, linearize
+from hypergrad.trajectory import Recording, Trajectory
+
+
+@dataclass(frozen=True)
+class Implicit(ResponseMethod):
+    """The implicit-function theorem, with any linear solver.
+
+    .. math:: F(w^*(u), u) = 0 \\;\\Rightarrow\\;
+        \\Big(\\frac{dw^*}{du}\\Big)^T v = -(\\partial_u F)^T x, \\qquad (\\partial_w F + \\delta I)^T x = v
+
+    F is the gradient of the lower loss in w, plus coupled weight decay times w, negated under `maximize`: the
+    stationarity condition of loss *and* optimizer; or the caller's F of `solved_root`. v is the cotangent, delta the
+    damping. Exact if w* is a stationary point with invertible dF/dw and the solve is; the error is otherwise
+    proportional to the norm of F at the end of the run (`stats.stationarity`) and to `stats.residual_norm`.
+
+    Cost: one gradient of the lower loss, one product per step of the solver, one mixed product. Memory: one taped gradient.
+
+    Args:
+        solver: `CG`, `Neumann`, `Nystrom`, `MINRES`, `GMRES`, `Exact`, `SciPy` or your own `Solver`.
+        damping: delta >= 0, added to the diagonal. It biases the result; it is not part of the problem.
+        curvature: "hessian", or "gauss_newton" for a `Composite` loss (positive semi-definite curvature).
+        warm_start: begin the solve at the solution of the last one (`state=`); one product more, often far fewer steps.
+        batches: how many of the run's last batches are averaged in curvature and mixed partial.
+        over: prefixes of lower names that respond; the other lower parameters count as constants. None for all.
+        compile: compile the gradient that is taped, and with it each product.
+        fresh: draw the `batches` anew once per lower run instead of taking the run's last; engine only.
+        decoupled: what to do about decoupled weight decay (AdamW), which moves the fixed point in a way that this
+            condition does not describe: "refuse" or "ignore".
+
+    Raises:
+        ValueError: at construction for options out of range; later for runs whose fixed point this condition does not
+            describe (decoupled decay, projections, a learning rate as upper variable), with what to use instead.
+
+    Reference: F. Pedregosa, "Hyperparameter optimization with approximate gradient", ICML 2016, arXiv 1602.02355;
+        J. Lorraine, P. Vicol, D. Duvenaud, "Optimizing millions of hyperparameters by implicit differentiation",
+        AISTATS 2020, arXiv 1911.02590.
+    """
+
+    differentiable: ClassVar[bool] = True
+
+    solver: Solver
+    damping: float = 0.0
+    curvature: Curvature = "hessian"
+    warm_start: bool = False
+    batches: int = 1
+    over: Sequence[str] | None = None
+    compile: bool = False
+    fresh: bool = False
+    decoupled: Literal["refuse", "ignore"] = "refuse"
+
+    def __post_init__(self) -> None:
+        """Validate the options."""
+        check_option(isinstance(self.solver, Solver), "Implicit", "solver", self.solver, "a solver such as hg.CG(10)")
+        check_option(isinstance(self.damping, Tensor) or self.damping >= 0, "Implicit", "damping", self.damping, ">= 0")
+        check_option(
+            self.curvature in ("hessian", "gauss_newton"), "Implicit", "curvature", self.curvature,
+            "'hessian' or 'gauss_newton'",
+        )
+        check_option(isinstance(self.batches, int) and self.batches >= 1, "Implicit", "batches", self.batches, "an int >= 1")
+        check_option(self.decoupled in ("refuse", "ignore"), "Implicit", "decoupled", self.decoupled, "'refuse' or 'ignore'")
+        check_option(not isinstance(self.over, str), "Implicit", "over", self.over, "a sequence of prefixes: ['backbone.']")
+        if self.warm_start and not self.solver.uses_initial:
+            raise ValueError(
+                f"Implicit: warm_start=True has no effect with {type(self.solver).__name__}, which solves from scratch. "
+                "Leave it False, or use hg.CG, hg.MINRES or hg.GMRES."
+            )
+
+    def recording(self, num_steps: int) -> Recording:
+        """Return that only the last state is read."""
+        return Recording(first=num_steps)
+
+    def vjp(self, trajectory: Trajectory, upper: Params, cotangent: Tensor, state: Tensor | None = None) -> Pulled:
+        """Return -(dF/du)^T x with (dF/dw + damping I)^T x = cotangent."""
+        check_fixed_point(self, trajectory, upper, decoupled=self.decoupled)
+        lin = linearize(trajectory, upper, batches=self.batches, over=self.over, curvature=self.curvature)
+        v = lin.responding.select(cotangent)
+        check_initial(self, state, v, warm_start=self.warm_start)
+        operator = Damped(lin.operator, self.damping) if self.damping else lin.operator
+        solution = self.solver.solve(operator, v, x0=state)
+        grad = {name: -g for name, g in lin.mixed(solution.x).items()}
+        check_start(self, trajectory, grad)
+        stats = Stats(
+            num_products=solution.num_products,
+            num_steps=solution.num_steps,
+            residual_norm=solution.residual_norm,
+            stationarity=lin.value.norm(),
+        )
+        return Pulled(grad, solution.result, stats, solution.x if self.warm_start else None)
+
+    def differentiable_vjp(self, trajectory: Trajectory, end: Tensor, upper: Params, cotangent: Tensor) -> Params:
+        """Return the same, differentiable: the solve is differentiated by a solve with the transpose."""
+        check_fixed_point(self, trajectory, upper, decoupled=self.decoupled)
+        lin = linearize(trajectory, upper, batches=self.batches, over=self.over, curvature=self.curvature, at=end)
+        v = lin.responding.select(cotangent)
+
+        def operator_at(point: Tensor, at_upper: Params) -> Damped:
+            there = linearize(
+                trajectory, at_upper, batches=self.batches, over=self.over, curvature=self.curvature, at=point
+            )
+            return Damped(there.operator, self.damping)
+
+        x = differentiable_solve(self.solver, operator_at, end, upper, v)
+        return {name: -g for name, g in lin.mixed(x).items()}

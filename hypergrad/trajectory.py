@@ -1,0 +1,504 @@
+"""The lower run as a record that methods read.
+
+`descend` runs the lower optimizer and records what derivatives need; `solved` and `solved_root` wrap a solution that
+came from elsewhere. A `Trajectory` answers two questions: the *residual* whose root the lower solution is (for implicit
+methods) and the *step map* that led to it (for unrolled ones). Both are pure functions of flat vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hypergrad._flat import Layout, Params, as_params, check_params
+from hypergrad._functional import (
+    Loss,
+    RandomState,
+    arity,
+    explained_grad,
+    gradient,
+    in_transform,
+    named,
+    random_state,
+    replaying,
+    restore_random_state,
+    scalar,
+    second_order,
+    untouched,
+)
+from hypergrad.optim import Bound, Optimizer, State, bind, clip_norm, clip_value
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer as TorchOptimizer
+
+    from hypergrad.optim import FromTorch
+
+Root = Callable[[Params, Params, Any], Params]
+HyperFunction = Callable[..., Any]
+States = tuple[State, ...]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one lower step is taken, apart from its batch: loss, optimizer and what is applied around it."""
+
+    loss: Loss
+    layout: Layout
+    optimizer: Bound
+    hyper: Mapping[str, HyperFunction] = field(default_factory=dict)
+    clip_norm: float | None = None
+    clip_value: float | None = None
+    project: Callable[[Params], Params] | None = None
+
+    def hyper_values(self, upper: Params, index: int) -> dict[str, Any]:
+        """Return the optimizer's hyperparameters that are functions of `upper`, at step `index` of the run."""
+        return {
+            name: function(upper, index) if arity(function, 1) == 2 else function(upper)
+            for name, function in self.hyper.items()
+        }
+
+    def update(self, flat: Tensor, grad: Tensor, states: States, upper: Params, index: int) -> tuple[Tensor, States]:
+        """Return parameters and optimizer states after one step along `grad`."""
+        if self.clip_norm is not None:
+            grad = clip_norm(grad, self.clip_norm)
+        if self.clip_value is not None:
+            grad = clip_value(grad, self.clip_value)
+        flat, states = self.optimizer.update(flat, grad, states, self.hyper_values(upper, index))
+        if self.project is not None:
+            flat = self.layout.ravel(self.project(self.layout.unravel(flat)))
+        return flat, states
+
+
+@dataclass(frozen=True)
+class Step:
+    """One lower step as it was taken: its batch, its random draws and, unless thinned out, where it began."""
+
+    recipe: Recipe
+    batch: Any
+    index: int
+    random: RandomState | None
+    flat: Tensor | None = None
+    states: States | None = None
+    taped: Tensor | None = None
+    """The gradient with its graph, where `retain` kept it; its leaves are `leaves`."""
+    leaves: tuple[Tensor, Params] | None = None
+
+    def lower_loss(self, flat: Tensor, upper: Params) -> Tensor:
+        """Return the lower loss of this step at `flat`, a scalar."""
+        recipe = self.recipe
+        return scalar(recipe.loss(recipe.layout.unravel(flat), upper, self.batch), "the lower loss")
+
+    def gradient(self, flat: Tensor, upper: Params, *, create_graph: bool = False) -> Tensor:
+        """Return the gradient of the lower loss at `flat`, with this step's random draws."""
+        with replaying(self.random):
+            return gradient(lambda w: self.lower_loss(w, upper), flat, create_graph=create_graph)
+
+    def advance(
+        self, flat: Tensor, states: States, upper: Params, *, create_graph: bool = False
+    ) -> tuple[Tensor, States]:
+        """Return what this step makes of (flat, states): the step map, differentiable with `create_graph`."""
+        grad = self.gradient(flat, upper, create_graph=create_graph)
+        if create_graph:
+            return self.recipe.update(flat, grad, states, upper, self.index)
+        with torch.no_grad():
+            return self.recipe.update(flat, grad, states, upper, self.index)
+
+    def pull(
+        self, flat: Tensor, states: States, upper: Params, cotangents: tuple[Tensor, States]
+    ) -> tuple[Tensor, States, Params]:
+        """Return the cotangents of (flat, states, upper) from those of the step's outcome.
+
+        One evaluation of the gradient and one product; where the gradient was taped, the product alone.
+        """
+        if in_transform():
+            return self._pull_by_transform(flat, states, upper, cotangents)
+        bar, state_bars = cotangents
+        tensors = [t.detach().requires_grad_() for t in state_tensors(states)]
+        with torch.enable_grad(), second_order():
+            if self.taped is None or self.leaves is None:
+                leaf, leaves = flat.detach().requires_grad_(), {n: u.detach().requires_grad_() for n, u in upper.items()}
+                grad = self.gradient(leaf, leaves, create_graph=True)
+            else:
+                (leaf, leaves), grad = self.leaves, self.taped
+            new, new_states = self.recipe.update(leaf, grad, _with_tensors(states, tensors), leaves, self.index)
+        outcomes = [(new, bar), *zip(state_tensors(new_states), state_tensors(state_bars), strict=True)]
+        outcomes = [(out, out_bar) for out, out_bar in outcomes if out.requires_grad]
+        inputs = [leaf, *tensors, *leaves.values()]
+        pulled = explained_grad(
+            [out for out, _ in outcomes], inputs, [b for _, b in outcomes], retain_graph=self.taped is not None
+        )
+        known = [torch.zeros_like(x) if p is None else p for x, p in zip(inputs[: 1 + len(tensors)], pulled, strict=False)]
+        return known[0], _with_tensors(states, known[1:]), named(leaves, pulled[1 + len(tensors) :])
+
+    def linear(self, flat: Tensor, states: States, upper: Params) -> Callable[..., tuple[Tensor, list[Tensor]]]:
+        """Return the step map's derivative: (flat tangent, state tangents, upper tangents) -> those of the outcome.
+
+        Built from two reverse passes: the pullback is linear in its cotangents, and its transpose is the derivative.
+        """
+
+        def step(w: Tensor, s: list[Tensor], u: Params) -> tuple[Tensor, list[Tensor]]:
+            new, new_states = self.advance(w, _with_tensors(states, s), u, create_graph=True)
+            return new, state_tensors(new_states)
+
+        tensors = state_tensors(states)
+        if in_transform():
+            with second_order():
+                outcome, pullback = torch.func.vjp(step, flat, tensors, upper)
+                zeros = (torch.zeros_like(outcome[0]), [torch.zeros_like(t) for t in outcome[1]])
+                _, push = torch.func.vjp(lambda bar, bars: pullback((bar, bars)), *zeros)
+            return lambda w_dot, s_dot, u_dot: push((w_dot, s_dot, u_dot))
+        leaf, *rest = [t.detach().requires_grad_() for t in (flat, *tensors, *upper.values())]
+        with torch.enable_grad(), second_order():
+            split = len(tensors)
+            new, new_tensors = step(leaf, rest[:split], dict(zip(upper, rest[split:], strict=True)))
+        outputs = [new, *new_tensors]
+        live = [k for k, out in enumerate(outputs) if out.requires_grad]
+        bars = [torch.zeros_like(outputs[k]).requires_grad_() for k in live]
+        pulled = explained_grad([outputs[k] for k in live], [leaf, *rest], bars, create_graph=True)
+
+        def push_forward(w_dot: Tensor, s_dot: list[Tensor], u_dot: Params) -> tuple[Tensor, list[Tensor]]:
+            tangents = [w_dot, *s_dot, *u_dot.values()]
+            pairs = [(p, t) for p, t in zip(pulled, tangents, strict=True) if p is not None and p.requires_grad]
+            pushed = explained_grad([p for p, _ in pairs], bars, [t for _, t in pairs])
+            result = [torch.zeros_like(out) for out in outputs]
+            for k, value in zip(live, pushed, strict=True):
+                if value is not None:
+                    result[k] = value
+            return result[0], result[1:]
+
+        return push_forward
+
+    def _pull_by_transform(
+        self, flat: Tensor, states: States, upper: Params, cotangents: tuple[Tensor, States]
+    ) -> tuple[Tensor, States, Params]:
+        bar, state_bars = cotangents
+
+        def step(w: Tensor, s: list[Tensor], u: Params) -> tuple[Tensor, list[Tensor]]:
+            new, new_states = self.advance(w, _with_tensors(states, s), u, create_graph=True)
+            return new, state_tensors(new_states)
+
+        with second_order():
+            _, pullback = torch.func.vjp(step, flat, state_tensors(states), upper)
+        flat_bar, tensors_bar, upper_bar = pullback((bar, state_tensors(state_bars)))
+        return flat_bar, _with_tensors(states, tensors_bar), upper_bar
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Which steps of a run keep where they began (`first`, `first + every`, ... and the last), and which their tape."""
+
+    first: int = 0
+    every: int = 1
+    taped_from: int | None = None
+
+    def keeps(self, index: int, num_steps: int) -> bool:
+        """Return whether step `index` of `num_steps` keeps its parameters and optimizer state."""
+        return index == num_steps - 1 or (index >= self.first and (index - self.first) % self.every == 0)
+
+    def tapes(self, index: int) -> bool:
+        """Return whether step `index` keeps the graph of its gradient."""
+        return self.taped_from is not None and index >= self.taped_from
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """A record of how a lower solution came about; made by `descend`, `solved` or `solved_root`.
+
+    Attributes:
+        layout: how the lower parameters lie in the flat vectors below.
+        end_flat: the lower solution, shape (layout.size,).
+        names: the lower names in the caller's order.
+        loss: the lower loss; None for a root.
+        root: F of `solved_root`; None otherwise.
+        steps: the lower steps taken, oldest first; empty where the solution came from elsewhere.
+        end_states: the optimizer's states after the last step.
+        start: the function of `upper` at which the run began, or None where it began at constants.
+        response: a loss used instead of `loss` in the implicit system, or None.
+        batch, random: the batch and the random draws of a solution that came from elsewhere.
+    """
+
+    layout: Layout
+    end_flat: Tensor
+    names: tuple[str, ...]
+    loss: Loss | None
+    root: Root | None = None
+    steps: tuple[Step, ...] = ()
+    end_states: States = ()
+    start: Callable[[Params], Params] | None = None
+    response: Loss | None = None
+    batch: Any = None
+    random: RandomState | None = None
+
+    @property
+    def end(self) -> Params:
+        """The lower parameters after the run, detached, in the caller's order."""
+        return self.named(self.end_flat)
+
+    @property
+    def state(self) -> States:
+        """The optimizer's state after the run; pass it to the next `descend(state=...)`."""
+        return self.end_states
+
+    @property
+    def num_steps(self) -> int:
+        """The number of lower steps taken."""
+        return len(self.steps)
+
+    def named(self, flat: Tensor) -> Params:
+        """Return views of `flat` by name, in the caller's order."""
+        params = self.layout.unravel(flat)
+        return {name: params[name] for name in self.names}
+
+    def samples(self, count: int) -> list[tuple[Any, RandomState | None]]:
+        """Return the last `count` batches of the run, each with the random draws of its step."""
+        if not self.steps:
+            return [(self.batch, self.random)]
+        return [(step.batch, step.random) for step in self.steps[-count:]]
+
+    def backwards(self, first: int, upper: Params) -> Iterator[tuple[Step, Tensor, States]]:
+        """Yield the steps from the last down to `first`, each with the parameters and optimizer states it began with.
+
+        States that the record left out are recomputed, one segment between recorded states at a time.
+        """
+        stop = self.num_steps
+        while stop > first:
+            begin = next((k for k in range(stop - 1, -1, -1) if self.steps[k].flat is not None), None)
+            if begin is None:
+                raise ValueError(
+                    f"the record of this run was thinned and does not reach back to step {first}. Record it for the method "
+                    "that reads it: descend(..., recording=method.recording(num_steps))."
+                )
+            begins = [self._began(begin)]
+            for step in self.steps[begin : stop - 1]:
+                begins.append(step.advance(*begins[-1], upper))
+            for index in range(stop - 1, max(begin, first) - 1, -1):
+                yield self.steps[index], *begins[index - begin]
+            stop = begin
+
+    def replay(self, first: int, upper: Params) -> Tensor:
+        """Return the end of the run from step `first` on, recomputed as a differentiable function of `upper`.
+
+        Where the run began at `start(upper)`, the parameters at `first` are that start plus a constant.
+        """
+        flat, states = self._began(first) if first < self.num_steps else (self.end_flat, self.end_states)
+        if self.start is not None:
+            begin = self.layout.ravel(self.start(upper))
+            flat = begin if first == 0 else flat + (begin - begin.detach())
+        for step in self.steps[first:]:
+            flat, states = step.advance(flat, states, upper, create_graph=True)
+        return flat
+
+    def _began(self, index: int) -> tuple[Tensor, States]:
+        step = self.steps[index]
+        assert step.flat is not None and step.states is not None
+        return step.flat, step.states
+
+
+def descend(
+    lower_loss: Loss,
+    lower: Mapping[str, Tensor],
+    upper: Mapping[str, Tensor],
+    *,
+    optimizer: Optimizer | FromTorch | TorchOptimizer,
+    batches: Iterable[Any],
+    state: States | None = None,
+    hyper: Mapping[str, HyperFunction] | None = None,
+    start: Callable[[Params], Params] | None = None,
+    clip_norm: float | None = None,
+    clip_value: float | None = None,
+    project: Callable[[Params], Params] | None = None,
+    response: Loss | None = None,
+    recording: Recording | None = None,
+) -> Trajectory:
+    """Return the record of an optimizer's run on the lower loss, one step a batch.
+
+    .. math:: (w_{k+1}, s_{k+1}) = \\Phi(w_k, s_k, \\nabla_w L(w_k, u; b_k)), \\qquad k = 0 \\dots K-1
+
+    with lower parameters w, upper parameters u, optimizer states s and batches b. Nothing is taped while it runs: one
+    gradient of `lower_loss` a step, and K references to parameters and states are kept (see `recording`). The caller's
+    tensors, modules, `.grad` and random state are left as they were found.
+
+    Args:
+        lower_loss: pure function (lower, upper, batch) -> scalar.
+        lower: initial lower parameters, name -> tensor of any shape.
+        upper: upper parameters, name -> tensor of any shape.
+        optimizer: one of `hypergrad.optim`, `hypergrad.optim.from_torch(...)`, or a `torch.optim` object, whose
+            parameter groups and state are read and left alone.
+        batches: one entry per step, passed to `lower_loss` as they are; `[None] * 100` for 100 full-batch steps.
+        state: `traj.state` of an earlier run, to continue its momentum.
+        hyper: optimizer hyperparameters as functions of the upper parameters, `{"lr": fn}`; `fn(upper)` or
+            `fn(upper, step)` returns a scalar, or a dict with one tensor for each lower parameter.
+        start: function of the upper parameters that returns the lower parameters at which the run begins, instead of
+            `lower`, which then gives names and shapes only; hypergradients flow through it.
+        clip_norm, clip_value: bounds on the gradient of each step, as `torch.nn.utils.clip_grad_norm_` and
+            `clip_grad_value_` apply them.
+        project: function of the parameters applied after each step (simplex, box).
+        response: a loss used instead of `lower_loss` by implicit methods, in curvature and mixed partial alike.
+        recording: which states the record keeps (default: every step's); `method.recording(num_steps)` asks for just
+            what a method reads.
+
+    Returns:
+        Trajectory: `.end` the lower parameters after the run, `.state` the optimizer's state.
+
+    Raises:
+        ValueError: for malformed parameters, an empty `batches`, an unknown `hyper` name, a loss that is not a scalar.
+
+    Example:
+        >>> import torch, hypergrad as hg
+        >>> def loss(lower, upper, batch):
+        ...     return ((lower["w"] - upper["c"]) ** 2).sum()
+        >>> lower, upper = {"w": torch.zeros(2)}, {"c": torch.ones(2)}
+        >>> traj = hg.descend(loss, lower, upper, optimizer=hg.optim.SGD(lr=0.25), batches=[None] * 3)
+        >>> traj.end["w"]
+        tensor([0.8750, 0.8750])
+    """
+    check_params(lower, "lower")
+    check_params(upper, "upper")
+    for option, bound in (("clip_norm", clip_norm), ("clip_value", clip_value)):
+        if bound is not None and not bound > 0:
+            raise ValueError(f"{option} must be positive, got {bound}; leave it None for no clipping.")
+    batches = _as_list(batches)
+    constants = as_params(upper)
+    initial = as_params(lower)
+    begun = initial if start is None else _started(start, constants, initial)
+    bound_optimizer = bind(optimizer, lower)
+    bound_optimizer.check_hyper(hyper or {})
+    layout = Layout.of(initial, names=bound_optimizer.names)
+    recipe = Recipe(lower_loss, layout, bound_optimizer, dict(hyper or {}), clip_norm, clip_value, project)
+    recording = recording or Recording()
+    steps: list[Step] = []
+    with untouched(layout.device):
+        flat = layout.ravel(begun)
+        states = bound_optimizer.init(flat) if state is None else state
+        for index, batch in enumerate(batches):
+            step = Step(recipe, batch, index, random_state(layout.device))
+            step, flat, states = take(step, flat, states, constants, recording, len(batches))
+            steps.append(step)
+    return Trajectory(
+        layout=layout,
+        end_flat=flat,
+        names=tuple(initial),
+        loss=lower_loss,
+        steps=tuple(steps),
+        end_states=states,
+        start=start,
+        response=response,
+    )
+
+
+def take(
+    step: Step, flat: Tensor, states: States, upper: Params, recording: Recording, num_steps: int
+) -> tuple[Step, Tensor, States]:
+    """Return `step` as recorded, and the parameters and states after it; random draws go on from the generators."""
+    if recording.keeps(step.index, num_steps):
+        step = replace(step, flat=flat, states=states)
+    live = replace(step, random=None)
+    if recording.tapes(step.index) and not in_transform():
+        leaf = flat.detach().requires_grad_()
+        leaves = {name: u.detach().requires_grad_() for name, u in upper.items()}
+        with second_order():
+            taped = live.gradient(leaf, leaves, create_graph=True)
+        step = replace(step, flat=flat, states=states, taped=taped, leaves=(leaf, leaves))
+        with torch.no_grad():
+            flat, states = step.recipe.update(flat, taped.detach(), states, upper, step.index)
+    else:
+        flat, states = live.advance(flat, states, upper)
+    return step, flat, states
+
+
+def solved(
+    lower_loss: Loss, lower: Mapping[str, Tensor], batch: Any = None, *, response: Loss | None = None
+) -> Trajectory:
+    """Return the record of a lower solution that came from elsewhere: a minimizer of `lower_loss`.
+
+    Implicit methods need no more than this; methods that differentiate a run refuse it. It costs nothing.
+
+    Args:
+        lower_loss: pure function (lower, upper, batch) -> scalar, stationary in `lower` at the solution.
+        lower: the solution, name -> tensor.
+        batch: passed to `lower_loss` as it is.
+        response: a loss used instead of `lower_loss` in the implicit system.
+
+    Example:
+        >>> import torch, hypergrad as hg
+        >>> def loss(lower, upper, batch):
+        ...     return ((lower["w"] - upper["c"]) ** 2).sum()
+        >>> traj = hg.solved(loss, {"w": torch.ones(2)})
+        >>> upper_loss = lambda lower, upper, batch: (lower["w"] ** 2).sum()
+        >>> hg.hypergradient(upper_loss, traj, {"c": torch.ones(2)}, method=hg.Implicit(hg.Exact())).grad["c"]
+        tensor([2., 2.])
+    """
+    return _given(lower, batch, loss=lower_loss, response=response)
+
+
+def solved_root(F: Root, lower: Mapping[str, Tensor], batch: Any = None) -> Trajectory:  # noqa: N803 - the contract's name
+    """Return the record of a root of F(lower, upper, batch) = 0 that came from elsewhere.
+
+    Fixed points T(w) = w are roots of F = w - T(w); projected maps likewise. The Jacobian dF/d lower need not be
+    symmetric, so the solver must be one that does not assume it: `GMRES`, `Exact`, `Neumann` or `SciPy("gmres")`.
+
+    Args:
+        F: pure function (lower, upper, batch) -> dict named and shaped like `lower`.
+        lower: the root, name -> tensor.
+        batch: passed to `F` as it is.
+    """
+    return _given(lower, batch, root=F)
+
+
+def _given(
+    lower: Mapping[str, Tensor],
+    batch: Any,
+    *,
+    loss: Loss | None = None,
+    root: Root | None = None,
+    response: Loss | None = None,
+) -> Trajectory:
+    layout = Layout.of(as_params(lower) if isinstance(lower, Mapping) else lower)
+    return Trajectory(
+        layout=layout,
+        end_flat=layout.ravel(as_params(lower)),
+        names=tuple(lower),
+        loss=loss,
+        root=root,
+        response=response,
+        batch=batch,
+        random=random_state(layout.device),
+    )
+
+
+def state_tensors(states: States) -> list[Tensor]:
+    """Return the tensors of optimizer states in a fixed order."""
+    return [value for state in states for value in state.values() if isinstance(value, Tensor)]
+
+
+def _with_tensors(states: States, tensors: list[Tensor]) -> States:
+    remaining = iter(tensors)
+    return tuple(
+        {key: next(remaining) if isinstance(value, Tensor) else value for key, value in state.items()}
+        for state in states
+    )
+
+
+def _as_list(batches: Iterable[Any]) -> list[Any]:
+    if isinstance(batches, Mapping) or not isinstance(batches, Iterable):
+        raise ValueError(
+            f"batches must be a sequence with one entry per lower step, got {type(batches).__name__}. "
+            "For one batch b and K steps pass [b] * K."
+        )
+    listed = list(batches)
+    if not listed:
+        raise ValueError(
+            "batches is empty: the lower level would take no step. Pass one entry per step, or hg.solved(...) "
+            "for a solution that came from elsewhere."
+        )
+    return listed
+
+
+def _started(start: Callable[[Params], Params], upper: Params, template: Params) -> Params:
+    begun = start(upper)
+    Layout.of(template).check_like(begun, "the result of start")
+    return as_params(begun)
