@@ -91,15 +91,16 @@ class Layout:
 
 def as_params(params: Mapping[str, Tensor]) -> Params:
     """Return `params` as a plain dict of constants: detached, also from the levels of surrounding transforms."""
-    return {name: _constant(tensor) for name, tensor in params.items()}
+    return {name: constant(tensor) for name, tensor in params.items()}
 
 
-def _constant(tensor: Tensor) -> Tensor:
-    constant = tensor.detach()
+def constant(tensor: Tensor) -> Tensor:
+    """Return `tensor` detached, also from the levels of surrounding transforms, which may end before it is read."""
+    value = tensor.detach()
     if not torch.compiler.is_compiling():
-        while torch._C._functorch.is_gradtrackingtensor(constant):  # a level that may end before the record is read
-            constant = torch._C._functorch.get_unwrapped(constant)
-    return constant
+        while torch._C._functorch.is_gradtrackingtensor(value):
+            value = torch._C._functorch.get_unwrapped(value)
+    return value
 
 
 def check_params(params: Mapping[str, Tensor], what: str) -> None:

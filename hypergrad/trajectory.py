@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hypergrad._flat import Layout, Params, as_params, check_params
+from hypergrad._flat import Layout, Params, as_params, check_params, constant
 from hypergrad._functional import (
     Loss,
     RandomState,
@@ -372,7 +372,7 @@ def descend(
     recording = recording or Recording()
     steps: list[Step] = []
     with untouched(layout.device):
-        flat = layout.ravel(begun)
+        flat = constant(layout.ravel(begun))
         states = bound_optimizer.init(flat) if state is None else state
         for index, batch in enumerate(batches):
             step = Step(recipe, batch, index, random_state(layout.device))
@@ -407,6 +407,8 @@ def take(
             flat, states = step.recipe.update(flat, taped.detach(), states, upper, step.index)
     else:
         flat, states = live.advance(flat, states, upper)
+    if in_transform():
+        flat, states = constant(flat), _with_tensors(states, [constant(t) for t in state_tensors(states)])
     return step, flat, states
 
 
@@ -460,7 +462,7 @@ def _given(
     layout = Layout.of(as_params(lower) if isinstance(lower, Mapping) else lower)
     return Trajectory(
         layout=layout,
-        end_flat=layout.ravel(as_params(lower)),
+        end_flat=constant(layout.ravel(as_params(lower))),
         names=tuple(lower),
         loss=loss,
         root=root,

@@ -122,7 +122,7 @@ class GMRES(Solver):
                     break
                 r = torch.where(active, begun.r - op.mv(d), r)
                 num_products += 1
-                broken = broken | (active & ~r.isfinite().all())
+                broken = broken | (active & torch.logical_not(r.isfinite().all()))
                 norm = torch.where(active, torch.linalg.vector_norm(r), norm)
                 active = active & (norm > begun.tol)
                 r = torch.where(active, r, 0.0)
@@ -170,7 +170,7 @@ def _cycle(
         )  # the space is invariant: the solution lies in it
         diagonal = torch.hypot(h[k], below)
         moved = active & (diagonal > 10 * eps * size) & (diagonal < float("inf"))
-        broken = broken | (active & ~(diagonal < float("inf")))
+        broken = broken | (active & torch.logical_not(diagonal < float("inf")))
         moves.append(moved)
         safe = torch.where(moved, diagonal, 1.0)
         cosine, sine = h[k] / safe, below / safe

@@ -113,7 +113,7 @@ class MINRES(Solver):
             epsilon, delta_bar = sine * beta_new, -cosine * beta_new
             gamma = torch.hypot(gamma_bar, beta_new)
             moved = active & (gamma > 10 * eps * size) & (gamma < float("inf"))
-            broken = broken | (active & ~(gamma < float("inf")))
+            broken = broken | (active & torch.logical_not(gamma < float("inf")))
             moves.append(moved)
             safe = torch.where(moved, gamma, 1.0)
             cosine, sine = gamma_bar / safe, beta_new / safe

@@ -66,7 +66,7 @@ def approximate(op: Operator, rank: int, seed: int) -> LowRank:
     factor = torch.where(failed, torch.eye(rank, dtype=op.dtype, device=op.device), factor)
     b = torch.linalg.solve_triangular(factor.mT, y, upper=True, left=False)
     q, r = torch.linalg.qr(b)
-    return LowRank(q, r @ r.mT, failed | ~finite, rank == op.size, rank)
+    return LowRank(q, r @ r.mT, failed | torch.logical_not(finite), rank == op.size, rank)
 
 
 def shifted_inverse(low_rank: LowRank, shift: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,8 +149,8 @@ class Nystrom(Solver):
         shift = torch.full((), self.damping, dtype=b.dtype, device=b.device)
         factor, exists = shifted_inverse(low_rank, shift)
         d = apply_inverse(low_rank, factor, shift, begun.r)
-        d = torch.where(exists & ~low_rank.failed, d, 0.0)
+        d = torch.where(exists & torch.logical_not(low_rank.failed), d, 0.0)
         residual_norm = torch.linalg.vector_norm(begun.r - op.mv(d))
         failed = choose(residual_norm.isfinite(), Result.NEGATIVE_CURVATURE, Result.NON_FINITE)
-        result = choose(exists & ~low_rank.failed, Result.SUCCESS, failed)
+        result = choose(exists & torch.logical_not(low_rank.failed), Result.SUCCESS, failed)
         return finish(begun, d, residual_norm, result, 0, low_rank.num_products + 1)
