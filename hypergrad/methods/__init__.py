@@ -6,6 +6,7 @@ from hypergrad.methods.finite_difference import FiniteDifference
 from hypergrad.methods.implicit import Implicit
 from hypergrad.methods.one_step import OneStep
 from hypergrad.methods.penalty import Penalty
+from hypergrad.methods.reptile import Reptile
 from hypergrad.methods.sama import SAMA
 from hypergrad.methods.unrolled import ForwardUnrolled, Unrolled
 
@@ -19,6 +20,7 @@ __all__ = [
     "OneStep",
     "Penalty",
     "Pulled",
+    "Reptile",
     "ResponseMethod",
     "Total",
     "Unrolled",

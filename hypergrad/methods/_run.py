@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hypergrad._flat import Params
-from hypergrad._functional import add, replaying, scalar, upper_gradient
+from hypergrad._functional import add, in_transform, named, replaying, scalar, upper_gradient
 from hypergrad.methods._refusals import check_run
 from hypergrad.methods.base import Method
 from hypergrad.trajectory import Trajectory
@@ -83,3 +83,23 @@ def difference_quotient(trajectory: Trajectory, upper: Params, direction: Tensor
     scale = norm / (2 * epsilon)
     quotient = {name: (ahead[name] - behind[name]) * scale for name in ahead if name in behind}
     return add(quotient, decay_gradient(trajectory, upper, direction))
+
+
+def run_start(trajectory: Trajectory, upper: Params) -> Tensor:
+    """Return where the run begins as a function of `upper`, flat."""
+    assert trajectory.start is not None
+    return trajectory.layout.ravel(trajectory.start(upper))
+
+
+def pull_start(trajectory: Trajectory, upper: Params, cotangent: Tensor) -> Params:
+    """Return the cotangent of `upper` from one of the run's start."""
+    if in_transform():
+        _, pullback = torch.func.vjp(lambda u: run_start(trajectory, u), upper)
+        pulled: Params = pullback(cotangent)[0]
+        return pulled
+    with torch.enable_grad():
+        leaves = {name: u.detach().requires_grad_() for name, u in upper.items()}
+        begun = run_start(trajectory, leaves)
+        if not begun.requires_grad:
+            return {}
+        return named(leaves, torch.autograd.grad(begun, list(leaves.values()), cotangent, allow_unused=True))

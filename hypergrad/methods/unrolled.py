@@ -14,6 +14,7 @@ from hypergrad._flat import Params
 from hypergrad._functional import add, in_transform, named, second_order
 from hypergrad._result import Stats
 from hypergrad.methods._refusals import check_option, check_run, refuse_state
+from hypergrad.methods._run import pull_start, run_start
 from hypergrad.methods.base import Pulled, ResponseMethod
 from hypergrad.trajectory import Recording, Trajectory, state_tensors
 
@@ -89,7 +90,7 @@ class Unrolled(ResponseMethod):
             bar, state_bars, upper_bar = step.pull(flat, states, upper, (bar, state_bars))
             grad = add(grad, upper_bar)
         if trajectory.start is not None:
-            grad = add(grad, _pull_start(trajectory, upper, bar))
+            grad = add(grad, pull_start(trajectory, upper, bar))
         count = torch.full((), trajectory.num_steps - first, dtype=torch.int64, device=cotangent.device)
         return Pulled(grad, None, Stats(num_products=count, num_steps=count))
 
@@ -163,13 +164,8 @@ def _basis(upper: Params) -> list[Params]:
 def _start_tangent(trajectory: Trajectory, upper: Params, column: Params) -> tuple[Tensor, list[Tensor]]:
     flat = torch.zeros_like(trajectory.end_flat)
     if trajectory.start is not None:
-        flat = _push(lambda u: _begin(trajectory, u), upper, column)
+        flat = _push(lambda u: run_start(trajectory, u), upper, column)
     return flat, [torch.zeros_like(t) for t in state_tensors(trajectory.end_states)]
-
-
-def _begin(trajectory: Trajectory, upper: Params) -> Tensor:
-    assert trajectory.start is not None
-    return trajectory.layout.ravel(trajectory.start(upper))
 
 
 def _push(function: Callable[[Params], Tensor], upper: Params, column: Params) -> Tensor:
@@ -178,16 +174,3 @@ def _push(function: Callable[[Params], Tensor], upper: Params, column: Params) -
     _, push = torch.func.vjp(lambda c: pullback(c)[0], torch.zeros_like(value))
     pushed: Tensor = push(column)[0]
     return pushed
-
-
-def _pull_start(trajectory: Trajectory, upper: Params, bar: Tensor) -> Params:
-    if in_transform():
-        _, pullback = torch.func.vjp(lambda u: _begin(trajectory, u), upper)
-        pulled: Params = pullback(bar)[0]
-        return pulled
-    with torch.enable_grad():
-        leaves = {name: u.detach().requires_grad_() for name, u in upper.items()}
-        begun = _begin(trajectory, leaves)
-        if not begun.requires_grad:
-            return {}
-        return named(leaves, torch.autograd.grad(begun, list(leaves.values()), bar, allow_unused=True))
