@@ -40,9 +40,8 @@ class CG(Solver):
     residual is the recurrence's, which in rounding arithmetic can fall below the true one.
 
     Cost: one product a step, 15 small kernels (6 of them over full vectors), four vectors of memory; one more
-        product
-    for a start x0. The error in the norm of A falls at least like ((sqrt(c) - 1) / (sqrt(c) + 1))^k, c the
-    condition number of A (of M A).
+    product for a start x0. The error in the norm of A falls at least like ((sqrt(c) - 1) / (sqrt(c) + 1))^k,
+    c the condition number of A (of M A).
 
     Wrong when A is not positive definite: at p.A p <= 0 the last iterate before is returned with
     `Result.NEGATIVE_CURVATURE`. Stopped at `max_steps`, x is biased towards zero along small eigenvalues.

@@ -19,8 +19,7 @@ class Exact(Solver):
     """The solution by LU factorization of the materialised matrix: x = A^{-1} b for any invertible A.
 
     Cost: n products, n^2 memory and n^3 work: for small problems and for checking other solvers. The residual
-        is
-    computed from the matrix, and num_steps is 0.
+    is computed from the matrix, and num_steps is 0.
 
     `Result.SINGULAR` is reported where a pivot is zero (x is then the start, zero) or norm(A) norm(x) /
     norm(b) exceeds 0.1 / eps: b then meets directions of A that rounding alone decides.

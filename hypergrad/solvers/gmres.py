@@ -51,8 +51,7 @@ class GMRES(Solver):
     residual norm is the recurrence's within a cycle; every restart computes the residual anew.
 
     Cost: one product a step, one per restart, one for a start x0; memory for `restart + 1` vectors, and step
-        k of a
-    cycle reads k of them four times. Without restarts it ends after n steps.
+    k of a cycle reads k of them four times. Without restarts it ends after n steps.
 
     Wrong or slow: with restarts it may stagnate; a singular system ends with `Result.SINGULAR`.
 
@@ -165,25 +164,24 @@ def _cycle(
         w = w - again @ basis
         h = rotations @ (h + again)
         below = torch.linalg.vector_norm(w)
-        below = torch.where(
-            below > 10 * eps * w_norm, below, zero
-        )  # the space is invariant: the solution lies in it
-        diagonal = torch.hypot(h[k], below)
+        # Below rounding the space is invariant: the solution lies in it.
+        below = torch.where(below > 10 * eps * w_norm, below, zero)
+        diagonal = torch.hypot(h.select(0, k), below)
         moved = active & (diagonal > 10 * eps * size) & (diagonal < float("inf"))
         broken = broken | (active & torch.logical_not(diagonal < float("inf")))
         moves.append(moved)
         safe = torch.where(moved, diagonal, 1.0)
-        cosine, sine = h[k] / safe, below / safe
-        row = rotations[k]
+        cosine, sine = h.select(0, k) / safe, below / safe
+        row = rotations.select(0, k)
         rotations = torch.cat(
             [
-                pad(rotations[:k], (0, 1)),
+                pad(rotations.narrow(0, 0, k), (0, 1)),
                 torch.cat([cosine * row, sine.unsqueeze(0)]).unsqueeze(0),
                 torch.cat([-sine * row, cosine.unsqueeze(0)]).unsqueeze(0),
             ]
         )
         # A step that does not count has the column e_k and the right-hand side 0, hence y_k = 0.
-        column = torch.cat([torch.where(moved, h[:k], zero), safe.unsqueeze(0)])
+        column = torch.cat([torch.where(moved, h.narrow(0, 0, k), zero), safe.unsqueeze(0)])
         columns.append(pad(column, (0, num_steps - k - 1)))
         rhs.append(torch.where(moved, cosine * last, zero))
         last = torch.where(moved, -sine * last, last)
@@ -193,6 +191,6 @@ def _cycle(
     if not columns:
         return _Cycle(torch.zeros_like(r), norm, active, broken, moves, 0)
     k = len(columns)
-    triangle = torch.stack(columns, dim=1)[:k]
+    triangle = torch.stack(columns, dim=1).narrow(0, 0, k)
     y = torch.linalg.solve_triangular(triangle, torch.stack(rhs).unsqueeze(1), upper=True).squeeze(1)
-    return _Cycle(y @ basis[:k], last.abs(), active, broken, moves, k)
+    return _Cycle(y @ basis.narrow(0, 0, k), last.abs(), active, broken, moves, k)

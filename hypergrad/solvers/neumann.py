@@ -18,6 +18,7 @@ from hypergrad.solvers.base import (
     check_number,
     check_system,
     choose,
+    count,
     finish,
     start,
 )
@@ -38,14 +39,12 @@ class Neumann(Solver):
     with b - A x0 for b).
 
     Cost: K products (the last gives the residual), three vectors; `num_power_steps` more if step_size is
-        None, and one
-    for x0.
+    None, and one for x0.
 
     Biased: a truncated series shrinks x along eigenvalues below 1 / (s K). It diverges where an eigenvalue a
-        has
-    |1 - s a| > 1, so s must be below 2 / lambda_max and A must have no negative eigenvalue; a residual larger
-    than the first one is reported as `Result.DIVERGED`. There is no tolerance: a series that does not grow is
-    a SUCCESS, how good it is stands in residual_norm.
+    has |1 - s a| > 1, so s must be below 2 / lambda_max and A must have no negative eigenvalue; a residual
+    larger than the first one is reported as `Result.DIVERGED`. There is no tolerance: a series that does not
+    grow is a SUCCESS, how good it is stands in residual_norm.
 
     Args:
         num_terms: terms of the series, K.
@@ -115,7 +114,8 @@ class Neumann(Solver):
         result = choose(norm <= first_norm * (1 + 1e-6), Result.SUCCESS, grown)
         keep = norm.isfinite()
         d, norm = torch.where(keep, d, 0.0), torch.where(keep, norm, first_norm)
-        return finish(begun, d, norm, result, self.num_terms, num_products)
+        num_steps = torch.where(first_norm > 0, count(self.num_terms, b.device), 0)
+        return finish(begun, d, norm, result, num_steps, num_products)
 
 
 def _largest(op: Operator, num_steps: int, seed: int) -> Tensor:

@@ -64,8 +64,7 @@ def approximate(op: Operator, rank: int, seed: int) -> LowRank:
     factor, info = torch.linalg.cholesky_ex((gram + gram.mT) / 2)
     failed = info != 0
     factor = torch.where(failed, torch.eye(rank, dtype=op.dtype, device=op.device), factor)
-    b = torch.linalg.solve_triangular(factor.mT, y, upper=True, left=False)
-    q, r = torch.linalg.qr(b)
+    q, r = torch.linalg.qr(torch.linalg.solve_triangular(factor.mT, y, upper=True, left=False))
     return LowRank(q, r @ r.mT, failed | torch.logical_not(finite), rank == op.size, rank)
 
 
@@ -98,8 +97,7 @@ class Nystrom(Solver):
     numbers.
 
     Cost: min(rank, n) products and one for the residual; memory for a few n x rank matrices and n rank^2
-        work. The
-    products are independent of b and of each other.
+    work. The products are independent of b and of each other.
 
     Biased by rho, and by the eigenvalues beyond the rank, which count as 0 (as rho, with it): exact for rank
     = n and rho -> 0, good where A is of low rank plus rho I. There is no tolerance: SUCCESS means computed;

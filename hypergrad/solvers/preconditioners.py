@@ -83,6 +83,8 @@ class HutchinsonDiagonal(Preconditioner):
         diagonal = (total / self.num_probes).abs()
         largest = torch.linalg.vector_norm(diagonal, float("inf"))
         diagonal = torch.maximum(diagonal, self.floor * torch.where(largest > 0, largest, 1.0))
+        # An infinite entry would make M zero there and hide that the operator is not finite.
+        diagonal = torch.where(largest < float("inf"), diagonal, float("nan"))
         return (lambda r: r / diagonal), self.num_probes
 
 
@@ -92,9 +94,8 @@ class SecondMoment(Preconditioner):
     """M = 1 / (v^power + eps), v the second-moment estimate of the lower level's adaptive optimizer.
 
     Free: no products, since Adam, RMSprop and their like have v already. With power 1/2 it is the diagonal
-        they divide
-    by, whose relation to the diagonal of the Hessian is a heuristic; CG's answer does not depend on it, only
-    the number of steps, which can also rise.
+    they divide by, whose relation to the diagonal of the Hessian is a heuristic; CG's answer does not depend
+    on it, only the number of steps, which can also rise.
 
     Args:
         power: 0.5 for the optimizer's own scaling, 1 for that of the empirical Fisher matrix.
@@ -148,8 +149,7 @@ class NystromPreconditioner(Preconditioner):
     lambda.
 
     Cost: min(rank, n) products; then two n x rank products per step. For spectra that fall off fast; a flat
-        spectrum
-    gains nothing. An operator that is not positive semidefinite gets M = I.
+    spectrum gains nothing. An operator that is not positive semidefinite gets M = I.
 
     Args:
         rank: number of random vectors.

@@ -1,0 +1,105 @@
+"""Preconditioners: what they approximate, and the steps they save."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from linear_systems import DOUBLE, Counting, matrix, relative_error, system
+
+from hypergrad._result import Result
+from hypergrad.operators import Function, Matrix
+from hypergrad.solvers import CG, HutchinsonDiagonal, NystromPreconditioner, SecondMoment
+
+
+def ill_scaled(n=80):
+    """A matrix that its diagonal dominates, with entries over six orders of magnitude."""
+    scale = torch.logspace(-1.5, 1.5, n, dtype=DOUBLE)
+    A = torch.eye(n, dtype=DOUBLE) + 0.1 * matrix(n, 10.0, "indefinite")
+    return scale[:, None] * A * scale
+
+
+@pytest.mark.parametrize("preconditioner", [HutchinsonDiagonal(8), HutchinsonDiagonal(1, seed=5)])
+def test_hutchinson_saves_steps(preconditioner):
+    A = ill_scaled()
+    x = torch.ones(80, dtype=DOUBLE)
+    b = A @ x
+    plain = CG(2000, rtol=1e-10).solve(Matrix(A, symmetric=True), b)
+    counting = Counting(Matrix(A, symmetric=True))
+    better = CG(2000, rtol=1e-10, preconditioner=preconditioner).solve(counting, b)
+    assert plain.result == better.result == Result.SUCCESS
+    assert better.num_steps < plain.num_steps / 5
+    assert better.num_products == counting.products == better.num_steps + preconditioner.num_probes
+    # the test of convergence is on the residual itself
+    assert (b - A @ better.x).norm() <= 1.01e-10 * b.norm()
+
+
+def test_hutchinson_is_the_diagonal():
+    values = torch.tensor([1.0, -4.0, 1e3, 1e-9], dtype=DOUBLE)
+    apply, products = HutchinsonDiagonal(3, floor=1e-5).build(Matrix(torch.diag(values)))
+    expected = torch.tensor([1.0, 4.0, 1e3, 1e-2], dtype=DOUBLE)  # the last is at the floor
+    torch.testing.assert_close(apply(torch.ones(4, dtype=DOUBLE)), 1 / expected)
+    assert products == 3
+    A = matrix(30, 10.0)
+    apply, _ = HutchinsonDiagonal(4000).build(Matrix(A))
+    estimate = 1 / apply(torch.ones(30, dtype=DOUBLE))
+    # five standard deviations of the mean of 4000 probes
+    assert ((estimate - A.diagonal()).abs() < 5 * A.norm(dim=1) / 4000**0.5).all()
+
+
+def test_hutchinson_of_the_zero_operator():
+    apply, _ = HutchinsonDiagonal(2).build(Matrix(torch.zeros(3, 3)))
+    assert apply(torch.ones(3)).isfinite().all()
+
+
+def test_second_moment():
+    A = torch.diag(torch.logspace(-3, 3, 20, dtype=DOUBLE)) + 1e-5 * matrix(20, 10.0)
+    x = torch.ones(20, dtype=DOUBLE)
+    op = Function(
+        lambda v: A @ v, size=20, dtype=DOUBLE, device="cpu", symmetric=True, second_moment=A.diagonal() ** 2
+    )
+    b = A @ x
+    plain = CG(500, rtol=1e-10).solve(op, b)
+    better = CG(500, rtol=1e-10, preconditioner=SecondMoment(eps=1e-12)).solve(op, b)
+    assert better.num_steps < plain.num_steps / 2
+    assert relative_error(better.x, x) < 1e-6
+    assert better.num_products == better.num_steps
+    apply, _ = SecondMoment(power=1.0, eps=0.5).build(op)
+    torch.testing.assert_close(apply(x), 1 / (A.diagonal() ** 2 + 0.5))
+
+
+@pytest.mark.parametrize("damping", [None, 1e-3])
+def test_nystrom_preconditioner_saves_steps(damping):
+    # 15 large eigenvalues over a flat floor of 1e-3: the case it is made for.
+    basis = matrix(100, 1.0)
+    values = torch.cat([torch.logspace(3, 0, 15, dtype=DOUBLE), torch.zeros(85, dtype=DOUBLE)])
+    Q = torch.linalg.qr(torch.randn(100, 100, dtype=DOUBLE, generator=torch.Generator().manual_seed(0)))[0]
+    A = Q @ torch.diag(values) @ Q.T + 1e-3 * basis
+    x = torch.linspace(1, 2, 100, dtype=DOUBLE)
+    op = Matrix((A + A.T) / 2, symmetric=True)
+    b = op.mv(x)
+    plain = CG(500, rtol=1e-10).solve(op, b)
+    better = CG(500, rtol=1e-10, preconditioner=NystromPreconditioner(20, damping=damping)).solve(op, b)
+    assert better.result == Result.SUCCESS
+    assert better.num_steps < plain.num_steps / 3
+    assert better.num_products == better.num_steps + 20
+    assert relative_error(better.x, x) < 1e-3  # the residual's tolerance times the condition number, at worst
+
+
+def test_nystrom_preconditioner_of_full_rank_is_the_inverse():
+    op, b, x = system(12, 1e3)
+    apply, products = NystromPreconditioner(12).build(op)
+    assert relative_error(apply(b), x) < 1e-10
+    assert products == 12
+    assert CG(5, rtol=1e-8, preconditioner=NystromPreconditioner(12)).solve(op, b).num_steps == 1
+
+
+def test_nystrom_preconditioner_of_an_indefinite_operator_is_the_identity():
+    op, b, _ = system(6, 10.0, "indefinite")
+    apply, _ = NystromPreconditioner(6).build(op)
+    assert torch.equal(apply(b), b)
+
+
+@pytest.mark.parametrize("kind", [HutchinsonDiagonal(), NystromPreconditioner(3)])
+def test_preconditioned_cg_reports_negative_curvature(kind):
+    op, b, _ = system(6, 10.0, "indefinite")
+    assert CG(20, rtol=1e-12, preconditioner=kind).solve(op, b).result == Result.NEGATIVE_CURVATURE
