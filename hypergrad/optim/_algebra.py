@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hypergrad._functional import in_transform
+
 Scalar = float | Tensor
 """A hyperparameter: a float, a tensor without dimensions, or one value per coordinate of the flat vector."""
 
@@ -43,6 +45,8 @@ def average_square(old: Tensor, new: Tensor, beta: Scalar) -> Tensor:
     """Return the running average beta * old + (1 - beta) * new**2."""
     if isinstance(beta, Tensor):
         return beta * old + (1.0 - beta) * new.square()
+    if _is_plain():
+        return (old * beta).addcmul_(new, new, value=1.0 - beta)
     return torch.addcmul(old * beta, new, new, value=1.0 - beta)
 
 
@@ -56,13 +60,23 @@ def power(base: Scalar, exponent: Scalar) -> Scalar:
 
 
 def root(x: Tensor) -> Tensor:
-    """Return sqrt(max(x, 0)) with the derivative 0, not infinity, wherever x <= 0.
+    """Return the root of `x`, which is nowhere negative, with the derivative 0, not infinity, where it is 0.
 
     The guard is applied twice: `where` alone would still multiply the infinite derivative of the branch that
     was not taken by zero.
     """
+    if _is_plain():
+        return x.sqrt()
     positive = x > 0
     return torch.where(positive, torch.where(positive, x, 1.0).sqrt(), 0.0)
+
+
+def root_plus(x: Tensor, eps: Scalar, divisor: Scalar = 1.0) -> Tensor:
+    """Return root(x) / divisor + eps, the denominator of adaptive steps."""
+    if _is_plain() and not isinstance(divisor, Tensor) and not isinstance(eps, Tensor):
+        return x.sqrt().div_(divisor).add_(eps)
+    divided = root(x) if isinstance(divisor, float) and divisor == 1.0 else root(x) / divisor
+    return divided + eps
 
 
 def frozen_where_unseen(x: Tensor, second_moment: Tensor, floor: Scalar = 0.0) -> Tensor:
@@ -71,4 +85,9 @@ def frozen_where_unseen(x: Tensor, second_moment: Tensor, floor: Scalar = 0.0) -
     Such a coordinate has met only gradients that are exactly zero: an unused weight or a constant input. The
     slope 1 / eps that x / (0 + eps) has there would multiply whatever arrives by 1e8.
     """
-    return torch.where(second_moment > floor, x, x.detach())
+    return x if _is_plain() else torch.where(second_moment > floor, x, x.detach())
+
+
+def _is_plain() -> bool:
+    """Return whether nothing is differentiated here: guards are idle, and new tensors may be overwritten."""
+    return not torch.is_grad_enabled() and not in_transform()

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hypergrad.optim._algebra import Scalar, add_ratio, frozen_where_unseen, root
+from hypergrad.optim._algebra import Scalar, add_ratio, frozen_where_unseen, root_plus
 from hypergrad.optim.base import (
     Decay,
     Hyper,
@@ -86,7 +86,7 @@ class Adagrad(Optimizer):
         lr = learning_rate(self, state, hyper) / (1.0 + step * option(hyper, "lr_decay", self.lr_decay))
         grad = ascent_gradient(params, grad, self.maximize, option(hyper, "weight_decay", self.weight_decay))
         total = torch.addcmul(slot(state, "sum"), grad, grad)
-        denominator = root(total) + option(hyper, "eps", self.eps)
+        denominator = root_plus(total, option(hyper, "eps", self.eps))
         stepped = add_ratio(params, frozen_where_unseen(grad, total), denominator, -lr)
         return stepped, {"step": step + 1, "sum": total}
 

@@ -15,7 +15,7 @@ from hypergrad.optim._algebra import (
     average_square,
     frozen_where_unseen,
     power,
-    root,
+    root_plus,
 )
 from hypergrad.optim.base import (
     Decay,
@@ -203,5 +203,5 @@ def _step(
         second = torch.maximum(slot(state, "max_exp_avg_sq"), second)
         new["max_exp_avg_sq"] = second
     correction1, correction2 = 1.0 - power(beta1, step), 1.0 - power(beta2, step)
-    denominator = root(second) / power(correction2, 0.5) + option(hyper, "eps", eps)
+    denominator = root_plus(second, option(hyper, "eps", eps), power(correction2, 0.5))
     return add_ratio(params, frozen_where_unseen(first, second), denominator, -(lr / correction1)), new

@@ -54,8 +54,10 @@ class Bound:
 
     def init(self, params: Tensor) -> tuple[State, ...]:
         """Return the state before the first step, one a group; from a torch optimizer, its current one."""
-        if self.start is not None:
-            return self.start()
+        return self.fresh(params) if self.start is None else self.start()
+
+    def fresh(self, params: Tensor) -> tuple[State, ...]:
+        """Return the state of optimizers that have not stepped yet, one a group."""
         return tuple(
             optimizer.init(piece)
             for (optimizer, _), piece in zip(
@@ -197,8 +199,7 @@ class Bound:
 
     def _expand(self, value: Scalar, shape: torch.Size) -> Tensor:
         """Return `value` as a vector with one entry for each scalar of a parameter of this shape."""
-        tensor = torch.as_tensor(value, dtype=self.layout.dtype, device=self.layout.device)
-        return tensor.expand(shape).reshape(-1)
+        return self._tensor(value).expand(shape).reshape(-1)
 
     def _spread(self, values: Sequence[Scalar]) -> Scalar:
         """Return one value for all groups where that will do, else a flat vector."""
@@ -208,7 +209,12 @@ class Bound:
         if not isinstance(first, Tensor) and all(not isinstance(v, Tensor) and v == first for v in values):
             return first
         pieces = [
-            torch.as_tensor(value, dtype=self.layout.dtype, device=self.layout.device).expand(size)
-            for value, size in zip(values, self.group_sizes, strict=True)
+            self._tensor(value).expand(size) for value, size in zip(values, self.group_sizes, strict=True)
         ]
         return torch.cat(pieces)
+
+    def _tensor(self, value: Scalar) -> Tensor:
+        """Return `value` as a tensor of the flat vector's dtype and device."""
+        if isinstance(value, Tensor):
+            return value.to(self.layout.device, self.layout.dtype)
+        return torch.full((), value, dtype=self.layout.dtype, device=self.layout.device)

@@ -14,7 +14,7 @@ from hypergrad.optim._algebra import (
     average_square,
     frozen_where_unseen,
     power,
-    root,
+    root_plus,
 )
 from hypergrad.optim.base import (
     Decay,
@@ -118,7 +118,8 @@ class NAdam(Optimizer):
         ahead = grad * (lr * (1.0 - mu) / (1.0 - product)) + first * (
             lr * mu_next / (1.0 - product * mu_next)
         )
-        denominator = root(second / (1.0 - power(beta2, step))) + option(hyper, "eps", self.eps)
+        correction = power(1.0 - power(beta2, step), 0.5)
+        denominator = root_plus(second, option(hyper, "eps", self.eps), correction)
         stepped = params - frozen_where_unseen(ahead, second) / denominator
         return stepped, {"step": step, "exp_avg": first, "exp_avg_sq": second, "mu_product": product}
 

@@ -16,7 +16,7 @@ from hypergrad.optim._algebra import (
     average_square,
     frozen_where_unseen,
     power,
-    root,
+    root_plus,
 )
 from hypergrad.optim.base import (
     Decay,
@@ -112,7 +112,7 @@ class RAdam(Optimizer):
         new: State = {"step": step, "exp_avg": first, "exp_avg_sq": second}
         if adaptive is False:
             return add_scaled(params, first, scale), new
-        denominator = root(second) + eps
+        denominator = root_plus(second, eps)
         stepped = add_ratio(params, frozen_where_unseen(first, second), denominator, scale * factor)
         if isinstance(adaptive, Tensor):
             stepped = torch.where(adaptive, stepped, add_scaled(params, first, scale))

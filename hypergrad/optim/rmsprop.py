@@ -16,7 +16,7 @@ from hypergrad.optim._algebra import (
     average_square,
     frozen_where_unseen,
     is_zero,
-    root,
+    root_plus,
 )
 from hypergrad.optim.base import (
     Decay,
@@ -108,9 +108,9 @@ class RMSprop(Optimizer):
         new: State = {"step": state["step"] + 1, "square_avg": square}
         if self.centered:
             mean = average(slot(state, "grad_avg"), grad, alpha)
-            variance = torch.addcmul(square, mean, mean, value=-1)
+            variance = torch.addcmul(square, mean, mean, value=-1).clamp(min=0.0)
             new["grad_avg"] = mean
-        denominator = root(variance) + option(hyper, "eps", self.eps)
+        denominator = root_plus(variance, option(hyper, "eps", self.eps))
         numerator = frozen_where_unseen(grad, square)
         if is_zero(self.momentum):
             return add_ratio(params, numerator, denominator, -lr), new

@@ -173,14 +173,17 @@ class FromTorch:
                 f"or {_REMEDY} if the names differ."
             )
         bound = Bound(tuple(zip(self.optimizers, names, strict=True)), Layout.of(params, names=flat))
-        if self.opaque or not any(self.source.state.values()):
+        tensors = list(_tensors(self.source))
+        if self.opaque:
             return bound
-        held = dict(zip(flat, _tensors(self.source), strict=False))
-        if any(held[name].shape != params[name].shape for name in flat):
+        if [tensor.shape for tensor in tensors] != [params[name].shape for name in flat]:
+            if not any(self.source.state.values()):
+                return bound
             raise ValueError(
                 f"The {type(self.source).__name__} optimizer has state, but the shapes of its parameters "
                 f"do not follow the order of the names {flat}; {_REMEDY}."
             )
+        held = dict(zip(flat, tensors, strict=True))
         return replace(bound, start=lambda: read_state(self.source, bound, held))
 
 
@@ -284,41 +287,54 @@ def read_state(
         bound: from `bind(from_torch(optimizer), ...)`.
         params: the very tensors that the optimizer holds, by the names in `bound`.
     """
-    layout = bound.layout
-    return tuple(
-        _read_group(
-            rule,
-            [(params[name], cast(dict[str, Any], optimizer.state.get(params[name], {}))) for name in names],
-            torch.empty(0, dtype=layout.dtype, device=layout.device),
+    with torch.no_grad():
+        return tuple(
+            _read_group(
+                rule,
+                [
+                    (params[name], cast(dict[str, Any], optimizer.state.get(params[name], {})))
+                    for name in names
+                ],
+                bound.layout.dtype,
+                bound.layout.device,
+            )
+            for rule, names in bound.groups
         )
-        for rule, names in bound.groups
-    )
 
 
-def _read_group(rule: Optimizer, held: Sequence[tuple[Tensor, dict[str, Any]]], like: Tensor) -> State:
-    """Return one group's state from each parameter's own; `like` has the flat vector's dtype and device."""
-    step = _read_step(rule, held, like)
+def _read_group(
+    rule: Optimizer, held: Sequence[tuple[Tensor, dict[str, Any]]], dtype: torch.dtype, device: torch.device
+) -> State:
+    """Return one group's state from each parameter's own."""
+    step = _read_step(rule, held, dtype, device)
     state: State = {"step": step}
-    for key, default in rule.init(like.new_zeros(1)).items():
-        if key == "step":
+    for key, initial in rule.init(torch.zeros(1, dtype=dtype, device=device)).items():
+        if not isinstance(initial, Tensor):
             continue
-        assert isinstance(default, Tensor)
         found = [entry.get(key) for _, entry in held]
-        if default.dim() == 0 and not isinstance(step, Tensor):
-            first = found[0] if found else None
-            state[key] = default if first is None else torch.as_tensor(first).detach().to(like, copy=True)
+        if initial.dim() == 0 and not isinstance(step, Tensor):
+            # one step count, so one value of what depends on the count alone
+            known = found and found[0] is not None
+            state[key] = torch.as_tensor(found[0]).to(device, dtype, copy=True) if known else initial
             continue
         pieces = [
-            default.expand(param.numel())
-            if value is None
-            else torch.as_tensor(value).detach().to(like).expand(param.shape).reshape(-1)
+            initial.expand(param.numel()) if value is None else _flat(value, param)
             for (param, _), value in zip(held, found, strict=True)
         ]
-        state[key] = torch.cat(pieces) if len(pieces) != 1 else pieces[0].clone()
+        state[key] = torch.cat(pieces).to(device, dtype) if pieces else initial.new_empty(0)
     return state
 
 
-def _read_step(rule: Optimizer, held: Sequence[tuple[Tensor, dict[str, Any]]], like: Tensor) -> int | Tensor:
+def _flat(value: Any, param: Tensor) -> Tensor:
+    """Return a parameter's state tensor, or number, as a vector with one entry for each of its scalars."""
+    if isinstance(value, Tensor) and value.dim() == param.dim() and value.dim() > 0:
+        return value.reshape(-1)
+    return torch.as_tensor(value).expand(param.shape).reshape(-1)
+
+
+def _read_step(
+    rule: Optimizer, held: Sequence[tuple[Tensor, dict[str, Any]]], dtype: torch.dtype, device: torch.device
+) -> int | Tensor:
     """Return the group's step count, an int if that takes no read-back and the parameters agree."""
     if isinstance(rule, SGD):
         # torch's SGD counts nothing: what it needs to know is whether the buffer exists.
@@ -330,7 +346,8 @@ def _read_step(rule: Optimizer, held: Sequence[tuple[Tensor, dict[str, Any]]], l
         if len(counts) <= 1:
             return counts.pop() if counts else 0
     pieces = [
-        torch.as_tensor(s).to(like).expand(param.numel()) for (param, _), s in zip(held, steps, strict=True)
+        torch.as_tensor(s).to(device, dtype).expand(param.numel())
+        for (param, _), s in zip(held, steps, strict=True)
     ]
     return torch.cat(pieces)
 
