@@ -22,16 +22,16 @@ def rademacher(size: int, *, seed: int, stream: int, dtype: torch.dtype, device:
 
 
 def gaussian(size: int, *, seed: int, stream: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return a vector of nearly standard normal entries, shape (size,): sums of eight 16-bit uniforms.
+    """Return a vector of nearly standard normal entries, shape (size,): sums of four 16-bit uniforms.
 
-    Mean 0, variance 1, excess kurtosis -0.15, largest value 4.9.
+    Mean 0, variance 1, excess kurtosis -0.3, largest value 3.5.
     """
     total = torch.zeros(size, dtype=torch.int64, device=device)
-    for word in range(4):
+    for word in range(2):
         bits = _hash(size, seed, stream, word, device)
         total = total + (bits >> 16) + (bits & 0xFFFF)
-    deviation = math.sqrt(8 * (2.0**32 - 1) / 12)
-    return (2 * total - 8 * 0xFFFF).to(dtype) / (2 * deviation)
+    deviation = math.sqrt(4 * (2.0**32 - 1) / 12)
+    return (2 * total - 4 * 0xFFFF).to(dtype) / (2 * deviation)
 
 
 def _hash(size: int, seed: int, stream: int, word: int, device: torch.device) -> Tensor:

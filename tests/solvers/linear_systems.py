@@ -59,7 +59,7 @@ class Counting(Operator):
 
 
 class Operations(TorchDispatchMode):
-    """Records the operations that run, views left out, as (name, is any argument or result of full length)."""
+    """Records the operations that run, views left out, as (name, is any argument of full length)."""
 
     def __init__(self, length: int) -> None:
         super().__init__()

@@ -80,7 +80,7 @@ def test_nystrom_preconditioner_saves_steps(damping):
     plain = CG(500, rtol=1e-10).solve(op, b)
     better = CG(500, rtol=1e-10, preconditioner=NystromPreconditioner(20, damping=damping)).solve(op, b)
     assert better.result == Result.SUCCESS
-    assert better.num_steps < plain.num_steps / 3
+    assert better.num_steps < plain.num_steps / 2
     assert better.num_products == better.num_steps + 20
     assert relative_error(better.x, x) < 1e-3  # the residual's tolerance times the condition number, at worst
 

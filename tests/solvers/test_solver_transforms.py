@@ -24,20 +24,31 @@ from hypergrad.solvers import (
 
 N, T = 6, 3
 SOLVERS = [
-    CG(5),
-    CG(5, check_every=None),
-    CG(5, preconditioner=HutchinsonDiagonal()),
-    CG(5, preconditioner=NystromPreconditioner(2)),
-    CG(5, preconditioner=NystromPreconditioner(2, damping=0.1)),
-    CG(5, preconditioner=SecondMoment()),
-    MINRES(5),
-    GMRES(5),
-    GMRES(6, restart=4),
+    CG(3),
+    CG(2, check_every=None),
+    CG(3, preconditioner=HutchinsonDiagonal(2)),
+    CG(3, preconditioner=NystromPreconditioner(2)),
+    CG(2, preconditioner=NystromPreconditioner(2, damping=0.1)),
+    CG(3, preconditioner=SecondMoment()),
+    MINRES(3),
+    GMRES(3),
+    GMRES(3, restart=2),
     Exact(),
-    Neumann(5),
-    Neumann(5, step_size=0.5),
-    Nystrom(3),
-    Nystrom(8),
+    Neumann(3, num_power_steps=2),
+    Neumann(3, step_size=0.5),
+    Nystrom(2),
+]
+# One of each kind: a compile takes seconds.
+COMPILED = [
+    CG(2),
+    CG(2, preconditioner=HutchinsonDiagonal(1)),
+    CG(1, preconditioner=NystromPreconditioner(1)),
+    CG(2, preconditioner=SecondMoment()),
+    MINRES(2),
+    GMRES(3, restart=2),
+    Exact(),
+    Neumann(2, num_power_steps=2),
+    Nystrom(2),
 ]
 FIELDS = ("x", "result", "num_steps", "num_products", "residual_norm")
 
@@ -95,7 +106,7 @@ def test_vmap_keeps_breakdowns_apart(kind):
     assert got.result[1] == (Result.NEGATIVE_CURVATURE if kind is CG else Result.SUCCESS)
 
 
-@pytest.mark.parametrize("solver", SOLVERS, ids=str)
+@pytest.mark.parametrize("solver", COMPILED, ids=str)
 def test_compiled_whole(solver):
     A, b = batch()
     torch.compiler.reset()
@@ -108,7 +119,7 @@ def test_compiled_whole(solver):
     assert_same(compiled(A[0], b[0], x0), function(A[0], b[0], x0), 1e-12)
 
 
-@pytest.mark.parametrize("solver", [CG(3), GMRES(3), Neumann(3), Nystrom(2), MINRES(3), Exact()], ids=str)
+@pytest.mark.parametrize("solver", [CG(2), GMRES(2)], ids=str)
 def test_compiled_vmap(solver):
     A, b = batch()
     torch.compiler.reset()
