@@ -1,6 +1,6 @@
 """Linear solvers: each solves A x = b from products with A, and reports how it went."""
 
-from hypergrad.solvers.base import Solution, Solver
+from hypergrad.solvers.base import Preconditioner, Solution, Solver
 from hypergrad.solvers.cg import CG
 from hypergrad.solvers.exact import Exact
 from hypergrad.solvers.gmres import GMRES
@@ -10,7 +10,6 @@ from hypergrad.solvers.nystrom import Nystrom
 from hypergrad.solvers.preconditioners import (
     HutchinsonDiagonal,
     NystromPreconditioner,
-    Preconditioner,
     SecondMoment,
 )
 from hypergrad.solvers.scipy import SciPy

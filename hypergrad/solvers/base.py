@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
@@ -69,6 +70,22 @@ class Solver(ABC):
 
         Raises:
             ValueError: if the system does not suit the solver: see `check_system`.
+        """
+
+
+Apply = Callable[[Tensor], Tensor]
+"""r -> M r."""
+
+
+class Preconditioner(ABC):
+    """A recipe for a positive definite map M close to the inverse of an operator."""
+
+    @abstractmethod
+    def build(self, op: Operator) -> tuple[Apply, int]:
+        """Return the map r -> M r, and the number of products with `op` that building it took.
+
+        Args:
+            op: the operator to approximate the inverse of.
         """
 
 

@@ -12,6 +12,7 @@ from hypergrad._result import Result
 from hypergrad.operators import Operator
 from hypergrad.solvers.base import (
     CheckEvery,
+    Preconditioner,
     Solution,
     Solver,
     check_check_every,
@@ -23,7 +24,6 @@ from hypergrad.solvers.base import (
     finish,
     start,
 )
-from hypergrad.solvers.preconditioners import Preconditioner
 
 
 @final

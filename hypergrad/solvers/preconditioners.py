@@ -2,33 +2,15 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import final
 
 import torch
-from torch import Tensor
 
 from hypergrad.operators import Operator
 from hypergrad.solvers._probes import rademacher
-from hypergrad.solvers.base import check_count, check_number
-from hypergrad.solvers.nystrom import apply_inverse, approximate, shifted_inverse
-
-Apply = Callable[[Tensor], Tensor]
-"""r -> M r."""
-
-
-class Preconditioner(ABC):
-    """A recipe for a positive definite map M close to the inverse of an operator."""
-
-    @abstractmethod
-    def build(self, op: Operator) -> tuple[Apply, int]:
-        """Return the map r -> M r, and the number of products with `op` that building it took.
-
-        Args:
-            op: the operator to approximate the inverse of.
-        """
+from hypergrad.solvers._sketch import apply_inverse, approximate, shifted_inverse
+from hypergrad.solvers.base import Apply, Preconditioner, check_count, check_number
 
 
 @final

@@ -1,0 +1,73 @@
+"""The randomized Nystrom approximation of a positive semidefinite operator."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hypergrad.operators import Operator
+from hypergrad.solvers._probes import gaussian
+
+
+class LowRank(NamedTuple):
+    """A_nys = Q core Q^T, Q with orthonormal columns.
+
+    Attributes:
+        q: Q, shape (n, r).
+        core: symmetric positive semidefinite, shape (r, r).
+        failed: whether the operator is not positive semidefinite, or not finite.
+        complete: whether r = n, so that nothing is orthogonal to Q.
+        num_products: products spent.
+    """
+
+    q: Tensor
+    core: Tensor
+    failed: Tensor
+    complete: bool
+    num_products: int
+
+
+def approximate(op: Operator, rank: int, seed: int) -> LowRank:
+    """Return the randomized Nystrom approximation of `op`.
+
+    With W an orthonormal basis of the span of `rank` random vectors and Y = A W + s W, a tiny shift s keeping
+    W^T Y positive definite,
+
+        A_nys = Y (W^T Y)^{-1} Y^T = B B^T,  B = Y C^{-T},  C C^T = W^T Y,  B = Q R,  core = R R^T.
+
+    Only QR and Cholesky factorizations are used: eigen- and singular value decompositions wait for the
+    device. Costs min(rank, n) products.
+    """
+    rank = min(rank, op.size)
+    probes = [gaussian(op.size, seed=seed, stream=i, dtype=op.dtype, device=op.device) for i in range(rank)]
+    w = torch.linalg.qr(torch.stack(probes, dim=1))[0]
+    y = torch.stack([op.mv(column) for column in w.unbind(1)], dim=1)
+    finite = torch.linalg.vector_norm(y) < float("inf")
+    y = torch.where(finite, y, w)
+    size = torch.linalg.vector_norm(y)
+    y = y + torch.finfo(op.dtype).eps * op.size**0.5 * torch.where(size > 0, size, 1.0) * w
+    gram = w.mT @ y
+    factor, info = torch.linalg.cholesky_ex((gram + gram.mT) / 2)
+    failed = info != 0
+    factor = torch.where(failed, torch.eye(rank, dtype=op.dtype, device=op.device), factor)
+    q, r = torch.linalg.qr(torch.linalg.solve_triangular(factor.mT, y, upper=True, left=False))
+    return LowRank(q, r @ r.mT, failed | torch.logical_not(finite), rank == op.size, rank)
+
+
+def shifted_inverse(low_rank: LowRank, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the Cholesky factor of core + shift I, and whether it exists; the identity if it does not."""
+    eye = torch.eye(low_rank.core.shape[0], dtype=shift.dtype, device=shift.device)
+    factor, info = torch.linalg.cholesky_ex(low_rank.core + shift * eye)
+    exists = info == 0
+    return torch.where(exists, factor, eye), exists
+
+
+def apply_inverse(low_rank: LowRank, factor: Tensor, shift: Tensor, v: Tensor) -> Tensor:
+    """Return Q (core + shift I)^{-1} Q^T v + (v - Q Q^T v) / shift, the second part unless it is empty."""
+    inside = low_rank.q.mT @ v
+    solved = low_rank.q @ torch.cholesky_solve(inside.unsqueeze(1), factor).squeeze(1)
+    if low_rank.complete:
+        return solved
+    return solved + (v - low_rank.q @ inside) / shift
