@@ -1,8 +1,42 @@
 """Hypergradients for bilevel and multilevel optimization in PyTorch."""
 
-from hypergrad import optim, solvers
+from hypergrad import callbacks, methods, optim, solvers
 from hypergrad._result import Result, SolveError, Stats
 from hypergrad.composite import Composite
-from hypergrad.methods import *  # noqa: F403
-from hypergrad.solvers import *  # noqa: F403
+from hypergrad.engine import Engine
+from hypergrad.graph import detach
+from hypergrad.history import History, Record
+from hypergrad.methods import (
+    SAMA,
+    FiniteDifference,
+    ForwardUnrolled,
+    Hypergradient,
+    Implicit,
+    Method,
+    OneStep,
+    Penalty,
+    Pulled,
+    Reptile,
+    ResponseMethod,
+    Unrolled,
+    best_response,
+    hypergradient,
+)
+from hypergrad.problem import Problem
+from hypergrad.solvers import (
+    CG,
+    GMRES,
+    MINRES,
+    Exact,
+    HutchinsonDiagonal,
+    Neumann,
+    Nystrom,
+    NystromPreconditioner,
+    SciPy,
+    SecondMoment,
+    Solution,
+    Solver,
+)
 from hypergrad.trajectory import Recording, Trajectory, descend, solved, solved_root
+
+__version__ = "0.1.0"

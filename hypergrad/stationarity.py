@@ -198,7 +198,7 @@ def _jacobian(condition: Tape, trajectory: Trajectory, responding: Responding) -
 
 
 def _second_moment(trajectory: Trajectory, responding: Responding) -> Tensor | None:
-    if not trajectory.steps:
+    if not trajectory.steps or not trajectory.end_states:
         return None
     moment = trajectory.steps[-1].recipe.optimizer.second_moment(trajectory.end_states)
     return None if moment is None else responding.select(moment)

@@ -279,6 +279,18 @@ class Trajectory:
                 yield self.steps[index], *begins[index - begin]
             stop = begin
 
+    def again(self, upper: Params) -> Trajectory:
+        """Return the record of the same run, batches and random draws, made at other upper parameters."""
+        constants = as_params(upper)
+        flat, states = self._began(0)
+        if self.start is not None:
+            flat = self.layout.ravel(as_params(self.start(constants)))
+        steps: list[Step] = []
+        for step in self.steps:
+            steps.append(replace(step, flat=flat, states=states, taped=None, leaves=None))
+            flat, states = step.advance(flat, states, constants)
+        return replace(self, steps=tuple(steps), end_flat=flat, end_states=states)
+
     def replay(self, first: int, upper: Params) -> Tensor:
         """Return the end of the run from step `first` on, recomputed as a differentiable function of `upper`.
 
@@ -303,7 +315,7 @@ def descend(
     lower: Mapping[str, Tensor],
     upper: Mapping[str, Tensor],
     *,
-    optimizer: Optimizer | FromTorch | TorchOptimizer,
+    optimizer: Optimizer | FromTorch | Bound | TorchOptimizer,
     batches: Iterable[Any],
     state: States | None = None,
     hyper: Mapping[str, HyperFunction] | None = None,

@@ -55,6 +55,16 @@ class Method(ABC):
     perturbs: ClassVar[bool] = False
     """Whether the lower loss is evaluated away from the recorded points."""
 
+    @property
+    def second_order(self) -> bool:
+        """Return whether second derivatives of the lower loss are taken."""
+        return not self.perturbs
+
+    @property
+    def differentiates_optimizer(self) -> bool:
+        """Return whether more of the lower optimizer is read than its weight decay; if not, any class will do."""
+        return True
+
     def recording(self, num_steps: int) -> Recording:  # noqa: ARG002 - for methods that read less
         """Return which states of a run of `num_steps` this method reads."""
         return Recording()

@@ -49,6 +49,11 @@ class FiniteDifference(ResponseMethod):
             self.step_size is None or self.step_size > 0, "FiniteDifference", "step_size", self.step_size, "None or > 0"
         )
 
+    @property
+    def differentiates_optimizer(self) -> bool:
+        """Return whether the learning rate is read."""
+        return self.step_size is None
+
     def recording(self, num_steps: int) -> Recording:
         """Return that only the last state is read."""
         return Recording(first=num_steps)

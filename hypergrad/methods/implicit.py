@@ -14,7 +14,7 @@ from hypergrad.methods._refusals import check_fixed_point, check_initial, check_
 from hypergrad.methods.base import Pulled, ResponseMethod
 from hypergrad.methods._solve import differentiable_solve
 from hypergrad.operators import Damped
-from hypergrad.solvers import Solver
+from hypergrad.solvers import CG, SecondMoment, Solver
 from hypergrad.stationarity import Curvature, linearize
 from hypergrad.trajectory import Recording, Trajectory
 
@@ -82,6 +82,11 @@ class Implicit(ResponseMethod):
                 f"Implicit: warm_start=True has no effect with {type(self.solver).__name__}, which solves from scratch. "
                 "Leave it False, or use hg.CG, hg.MINRES or hg.GMRES."
             )
+
+    @property
+    def differentiates_optimizer(self) -> bool:
+        """Return whether more than the weight decay is read: only a preconditioner from the second moment does."""
+        return isinstance(self.solver, CG) and isinstance(self.solver.preconditioner, SecondMoment)
 
     def recording(self, num_steps: int) -> Recording:
         """Return that only the last state is read."""

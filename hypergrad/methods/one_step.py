@@ -43,6 +43,11 @@ class OneStep(ResponseMethod):
         """Validate the options."""
         check_option(self.step_size is None or self.step_size > 0, "OneStep", "step_size", self.step_size, "None or > 0")
 
+    @property
+    def differentiates_optimizer(self) -> bool:
+        """Return whether the learning rate is read."""
+        return self.step_size is None
+
     def recording(self, num_steps: int) -> Recording:
         """Return that only the last state is read."""
         return Recording(first=num_steps)

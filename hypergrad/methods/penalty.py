@@ -58,6 +58,11 @@ class Penalty(Method):
             isinstance(self.optimizer, Optimizer), "Penalty", "optimizer", self.optimizer, "one of hypergrad.optim"
         )
 
+    @property
+    def differentiates_optimizer(self) -> bool:
+        """Return that only the weight decay is read."""
+        return False
+
     def recording(self, num_steps: int) -> Recording:
         """Return that only the last state is read."""
         return Recording(first=num_steps)

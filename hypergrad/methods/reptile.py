@@ -28,6 +28,16 @@ class Reptile(Method):
     Reference: A. Nichol, J. Achiam, J. Schulman, "On first-order meta-learning algorithms", 2018, arXiv 1803.02999.
     """
 
+    @property
+    def second_order(self) -> bool:
+        """Return that none are taken."""
+        return False
+
+    @property
+    def differentiates_optimizer(self) -> bool:
+        """Return that the optimizer is not read."""
+        return False
+
     def recording(self, num_steps: int) -> Recording:
         """Return that only the last state is read."""
         return Recording(first=num_steps)

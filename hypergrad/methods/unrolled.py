@@ -70,6 +70,11 @@ class Unrolled(ResponseMethod):
         )
         check_option(0.0 <= self.retain <= 1.0, "Unrolled", "retain", self.retain, "a fraction from 0 to 1")
 
+    @property
+    def second_order(self) -> bool:
+        """Return whether any are taken: first-order MAML takes none."""
+        return self.truncate != 0
+
     def recording(self, num_steps: int) -> Recording:
         """Return which states and tapes of a run of `num_steps` the sweep reads."""
         window = num_steps if self.truncate is None else min(self.truncate, num_steps)

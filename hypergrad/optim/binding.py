@@ -13,11 +13,12 @@ from hypergrad.optim.bound import Bound
 from hypergrad.optim.torch_bridge import FromTorch, from_torch
 
 
-def bind(optimizer: Optimizer | FromTorch | torch.optim.Optimizer, params: Mapping[str, Tensor]) -> Bound:
+def bind(optimizer: Optimizer | FromTorch | Bound | torch.optim.Optimizer, params: Mapping[str, Tensor]) -> Bound:
     """Return `optimizer` bound to the layout of `params`: the form that runs use.
 
     Args:
-        optimizer: one of `hypergrad.optim`, or a `torch.optim` optimizer, as it is or from `from_torch`.
+        optimizer: one of `hypergrad.optim`, or a `torch.optim` optimizer, as it is or from `from_torch`; one
+            that is bound already is returned.
         params: the parameters by name; only names, shapes, dtypes and identities matter.
 
     Raises:
@@ -30,6 +31,8 @@ def bind(optimizer: Optimizer | FromTorch | torch.optim.Optimizer, params: Mappi
         >>> bound.update(torch.zeros(3), torch.ones(3), bound.init(torch.zeros(3)))
         (tensor([-0.1000, -0.1000, -0.1000]), ({'step': 1},))
     """
+    if isinstance(optimizer, Bound):
+        return optimizer
     if isinstance(optimizer, Optimizer):
         layout = Layout.of(params)
         return Bound(((optimizer, layout.names),), layout)

@@ -1,1 +1,23 @@
+"""Closed-form problems and contract tests, for methods and solvers inside and outside the package."""
 
+from hypergrad.testing.problems import (
+    KnownProblem,
+    logistic,
+    newton_problem,
+    quadratic,
+    relative_error,
+    ridge,
+    spd,
+    tanh_network,
+)
+
+__all__ = [
+    "KnownProblem",
+    "logistic",
+    "newton_problem",
+    "quadratic",
+    "relative_error",
+    "ridge",
+    "spd",
+    "tanh_network",
+]

@@ -1,0 +1,422 @@
+"""The engine: it runs the levels of a graph, lowest first, and chains hypergradients along it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from hypergrad._flat import Params
+from hypergrad._functional import RandomState, add, random_state, replaying, restore_random_state
+from hypergrad._result import Result, SolveError
+from hypergrad.callbacks.base import Callback
+from hypergrad.graph import Graph, Network, dry_reads, own
+from hypergrad.history import History, Record
+from hypergrad.methods import Implicit, Penalty, Pulled, Reptile, ResponseMethod
+from hypergrad.methods.base import finite_code
+from hypergrad.problem import Problem, loss_value
+from hypergrad.product_check import check_product
+from hypergrad.runner import Runner
+from hypergrad.tasks import run_tasks
+from hypergrad.trajectory import Trajectory
+
+OnBreakdown = Literal["raise", "warn", "skip"]
+
+
+class Engine:
+    """Trains a graph of problems: each level on its own loss, upper levels by hypergradients through the lower ones.
+
+    One step of the engine is one step of the top level. Before it, each level below runs its `steps`; a level in the middle
+    does the same to the level below it at each of its own steps. The gradient of a problem is its partial derivative plus
+    what the lower problems' methods pull back, from the lowest level up.
+
+    Args:
+        problems: lowest level first; a nested list puts several problems on one level.
+        on_breakdown: what to do when a hypergradient cannot be trusted (negative curvature, divergence, non-finite values):
+            "raise" a `SolveError` that names the problem, "warn" and step with what there is, or "skip" that step.
+        partial_hessian: allow levels with levels below whose rule cannot be differentiated, by holding the lower ones fixed
+            in curvature and mixed partial. It biases the hypergradient.
+        product_check: at build, compare one Hessian product with a finite difference for each problem whose method needs
+            second derivatives; it catches modules whose second derivative is silently wrong.
+
+    Raises:
+        ValueError: at construction, for a graph or a problem that has no exact meaning; nothing is changed then.
+
+    Example:
+        >>> import torch, hypergrad as hg
+        >>> net, weight = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+        >>> x = torch.ones(4, 1)
+        >>> lower = hg.Problem(
+        ...     "net",
+        ...     module=net,
+        ...     loss=lambda models, batch: ((models.net(batch) - models.weight(batch)) ** 2).mean(),
+        ...     optimizer=torch.optim.SGD(net.parameters(), lr=0.1),
+        ...     data=[x],
+        ...     steps=5,
+        ...     method=hg.Unrolled(),
+        ... )
+        >>> upper = hg.Problem(
+        ...     "weight",
+        ...     module=weight,
+        ...     loss=lambda models, batch: ((models.net(batch) - 1.0) ** 2).mean(),
+        ...     optimizer=torch.optim.Adam(weight.parameters(), lr=0.1),
+        ...     data=[x],
+        ... )
+        >>> history = hg.Engine([lower, upper]).run(30)
+        >>> history["weight.loss"][-1] < 0.1
+        True
+    """
+
+    def __init__(
+        self,
+        problems: Sequence[Problem | Sequence[Problem]],
+        *,
+        on_breakdown: OnBreakdown = "raise",
+        partial_hessian: bool = False,
+        product_check: bool = True,
+    ) -> None:
+        """Infer the graph by one dry call of each loss, and check it."""
+        if on_breakdown not in ("raise", "warn", "skip"):
+            raise ValueError(f"Engine: on_breakdown must be 'raise', 'warn' or 'skip', got {on_breakdown!r}.")
+        self.on_breakdown: OnBreakdown = on_breakdown
+        self.graph = Graph(_levels(problems), partial_hessian=partial_hessian)
+        self.network = Network(list(self.graph.problems.values()))
+        self.runners = {name: Runner(p, self.graph, self.network) for name, p in self.graph.problems.items()}
+        self.num_steps = 0
+        self._batches: dict[str, Any] = {}
+        self._chunks: dict[str, int] = {}
+        for level in reversed(self.graph.levels):
+            for problem in level:
+                batch = self._first_batch(problem)
+                self.graph.reads[problem.name] = dry_reads(self.network, problem, batch)
+        self.graph.validate()
+        for runner in self.runners.values():
+            runner.prepare()
+        if product_check:
+            for runner in self.runners.values():
+                self._check_product(runner)
+
+    # --- the public loop ---------------------------------------------------------------------------------------------
+
+    def run(self, num_steps: int, *, callbacks: Iterable[Callback] = ()) -> History:
+        """Return the history of `num_steps` steps of the top level.
+
+        Args:
+            num_steps: how many, >= 1.
+            callbacks: told about each step; they read the engine and may ask it to stop.
+        """
+        if not isinstance(num_steps, int) or num_steps < 1:
+            raise ValueError(f"Engine.run: num_steps must be an int >= 1, got {num_steps!r}.")
+        listeners = list(callbacks)
+        history = History()
+        for listener in listeners:
+            listener.on_start(self, num_steps)
+        try:
+            for _ in range(num_steps):
+                record = self.step()
+                history.append(record)
+                for listener in listeners:
+                    listener.on_step(self, record)
+                if any(listener.should_stop for listener in listeners):
+                    break
+        finally:
+            for listener in listeners:
+                listener.on_end(self, history)
+        return history
+
+    def step(self) -> Record:
+        """Return the record of one step of the top level, all levels below having run as they are due."""
+        record = Record(step=self.num_steps)
+        self._step_level(len(self.graph.levels) - 1, self.graph.levels[-1], 0, record)
+        self.num_steps += 1
+        return record
+
+    # --- running levels ----------------------------------------------------------------------------------------------
+
+    def _step_level(self, level: int, problems: Sequence[Problem], index: int, record: Record) -> None:
+        """Take own step `index` of `problems`, all on `level`; the level below runs first, and ends its window after."""
+        for problem in problems:
+            self._batches.pop(problem.name, None)
+        if level > 0:
+            self._run_level(level - 1, record)
+        gradients = [self._gradient(self.runners[p.name], index, record) for p in problems]
+        for gradient in gradients:
+            self._apply(gradient, record)
+        if level > 0:
+            taken = self._steps_above(level - 1)
+            for problem in self.graph.levels[level - 1]:
+                if taken % problem.every == 0:
+                    self.runners[problem.name].end_window()
+
+    def _run_level(self, level: int, record: Record) -> None:
+        """Run the own steps of the problems on `level` that are due before the next step of the level above."""
+        taken = self._steps_above(level)
+        due = [p for p in self.graph.levels[level] if p.tasks is None and taken % p.every == 0]
+        for problem in due:
+            self.runners[problem.name].begin_window()
+        if level == 0:  # nothing below: one problem after the other, so that one may begin where another ended
+            for problem in due:
+                for index in range(problem.steps):
+                    self._step_level(level, [problem], index, record)
+        else:
+            for index in range(max((p.steps for p in due), default=0)):
+                self._step_level(level, [p for p in due if index < p.steps], index, record)
+        for problem in due:
+            if isinstance(problem.method, Implicit) and problem.method.fresh:
+                runner = self.runners[problem.name]
+                runner.fresh = [self._draw(runner, 0) for _ in range(problem.method.batches)]
+
+    def _steps_above(self, level: int) -> int:
+        return max(self.runners[p.name].num_steps for p in self.graph.levels[level + 1])
+
+    # --- batches -----------------------------------------------------------------------------------------------------
+
+    def _draw(self, runner: Runner, index: int) -> Any:
+        """Return the batch of the problem's own step `index`: from its data, or its part of the level above's batch."""
+        if runner.source is not None:
+            return runner.source.next()
+        return runner.problem.select_from(self._batch(self._parent(runner.problem), 0), index)
+
+    def _batch(self, runner: Runner, index: int) -> Any:
+        """Return the batch of the problem's present step, drawn when first asked for."""
+        if runner.name not in self._batches:
+            self._batches[runner.name] = self._draw(runner, index)
+        return self._batches[runner.name]
+
+    def _first_batch(self, problem: Problem) -> Any:
+        runner = self.runners[problem.name]
+        if runner.source is not None:
+            return runner.source.peek()
+        if problem in self.graph.levels[-1]:
+            raise ValueError(
+                f"problem {problem.name!r} is on the top level and has no data: there is no level above to give it batches. "
+                "Pass data=."
+            )
+        return problem.select_from(self._first_batch(self._parent(problem).problem), 0)
+
+    def _parent(self, problem: Problem) -> Runner:
+        """Return the problem of the level above whose batch this one shares: the first that reads it."""
+        above = self.graph.levels[self.graph.level_of[problem.name] + 1]
+        reader = next((p for p in above if problem.name in self.graph.reads[p.name].accessed), above[0])
+        return self.runners[reader.name]
+
+    # --- one problem's gradient --------------------------------------------------------------------------------------
+
+    def _gradient(self, runner: Runner, index: int, record: Record) -> Gradient:
+        """Return the gradient of the problem's loss at its present values, with the levels below responding."""
+        batch = self._batch(runner, index)
+        lower = [self.runners[name] for name in self.graph.reaching(runner.name)]
+        if any(r.problem.tasks is not None for r in lower):
+            return self._task_gradient(runner, batch, record)
+        trajectories = {r.name: r.trajectory() for r in lower}
+        random = random_state(runner.layout.device)
+        runner.record(batch, random, {name: trajectories[name] for name in runner.nested if name in trajectories})
+        read = [r for r in lower if r.name in self.graph.below(runner.name)]
+        value, partials = runner.partials(batch, read, record)
+        grad = partials.pop(runner.name)
+        codes: list[Tensor] = []
+        after = random_state(runner.layout.device)
+        for r in lower:  # lowest first: what it pulls back adds to the cotangents of the levels between
+            if r.name not in partials:
+                continue
+            pulled = self._pull(runner, r, trajectories[r.name], partials.pop(r.name), batch, random, record)
+            if isinstance(r.problem.method, (Reptile, Penalty)):
+                grad = {}
+            for target, part in _by_problem(pulled.grad).items():
+                if target == runner.name:
+                    grad = add(grad, part)
+                elif target in trajectories:
+                    partials[target] = add(partials.get(target, {}), part)
+            if pulled.result is not None:
+                codes.append(pulled.result)
+        restore_random_state(after)
+        return Gradient(runner, value, grad, codes, batch)
+
+    def _task_gradient(self, runner: Runner, batch: Any, record: Record) -> Gradient:
+        """Return the gradient averaged over the tasks of the level below."""
+        below = self.graph.levels[self.graph.level_of[runner.name] - 1]
+        accessed = self.graph.reads[runner.name].accessed
+        members = [self.runners[p.name] for p in below if p.tasks is not None and p.name in accessed]
+        batches = {m.name: [self._draw(m, k) for k in range(m.problem.steps)] for m in members}
+        chunk = self._chunks.get(runner.name, members[0].problem.chunk)
+        outcome, self._chunks[runner.name] = run_tasks(self.network, runner, members, batch, batches, chunk)
+        for member in members:
+            member.num_steps += member.problem.steps
+        record.put(runner.name, "loss", outcome["value"])
+        for key, metric in outcome["metrics"].items():
+            record.put(runner.name, key, metric)
+        grad = _by_problem(outcome["grad"]).get(runner.name, {})
+        return Gradient(runner, outcome["value"], grad, [outcome["code"]], batch)
+
+    def _pull(
+        self,
+        top: Runner,
+        runner: Runner,
+        trajectory: Trajectory,
+        cotangent: Params,
+        batch: Any,
+        random: Any,
+        record: Record,
+    ) -> Pulled:
+        """Return the cotangents of the problems above `runner` from one of its solution."""
+        method = runner.problem.method
+        upper: Params = {}
+        for target in self.graph.targets(runner.name, top.name):
+            upper.update(self.network.variables(target))
+        if isinstance(method, Reptile):
+            return Pulled(method.direction(trajectory, upper))
+        if not isinstance(method, ResponseMethod):
+            assert method is not None
+
+            def upper_loss(lower: Params, above: Params, at: Any) -> Tensor:
+                overrides = own(runner.name, lower) | above
+                value: Tensor = self.network.call(
+                    lambda models: loss_value(top.problem.loss, models, at, top.name)[0], overrides
+                )
+                return value
+
+            with replaying(random):
+                pulled: Pulled = method.total(upper_loss, trajectory, upper, batch, None)
+        else:
+            vector = runner.layout.ravel(
+                {key: cotangent.get(key, torch.zeros_like(p)) for key, p in runner.used.items()}
+            )
+            pulled = method.vjp(trajectory, upper, vector, runner.warm.get(top.name))
+            if pulled.state is not None:
+                runner.warm[top.name] = pulled.state
+        for key, stat in pulled.stats.items():
+            record.put(runner.name, key, stat)
+        return pulled
+
+    # --- applying it -------------------------------------------------------------------------------------------------
+
+    def _apply(self, gradient: Gradient, record: Record) -> None:
+        """Step the problem's optimizer along its gradient, as the same step written by hand would."""
+        runner = gradient.runner
+        if gradient.is_hypergradient and not self._trusted(gradient, record):
+            runner.skip()
+            return
+        runner.apply(gradient.grad, lambda: runner.evaluate_again(gradient.batch))
+
+    def _trusted(self, gradient: Gradient, record: Record) -> bool:
+        """Return whether to step along a hypergradient; raise or warn as `on_breakdown` says. Reads one number back."""
+        name = gradient.runner.name
+        code = finite_code(None, gradient.value, gradient.grad)
+        for other in gradient.codes:
+            code = torch.maximum(code, other)
+        result = Result(int(code))
+        record.put(name, "result", int(result))
+        if not result.is_breakdown:
+            return True
+        where = f"hypergradient of problem {name!r} (level {self.graph.level_of[name]}) at step {self.num_steps}: "
+        if self.on_breakdown == "raise":
+            raise SolveError(result, where)
+        if self.on_breakdown == "warn":
+            warnings.warn(where + result.message, RuntimeWarning, stacklevel=2)
+            return True
+        return False
+
+    def _check_product(self, runner: Runner) -> None:
+        """Compare a Hessian product with a finite difference where the problem's method needs second derivatives."""
+        method = runner.problem.method
+        if not runner.problem.responds or not runner.read_by_others or method is None or not method.second_order:
+            return
+        if runner.nested or runner.problem.tasks is not None:
+            return
+        upper: Params = {}
+        for target in self.graph.depends(runner.name):
+            upper.update(self.network.variables(target))
+        lower = {key: p.detach() for key, p in runner.used.items()}
+        check_product(runner.loss, lower, upper, self._first_batch(runner.problem), name=f"problem {runner.name!r}")
+
+    # --- saving and going on -----------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything needed to go on: modules, optimizers, schedulers, data positions, warm starts, RNG, counters."""
+        random = random_state(next(iter(self.runners.values())).layout.device)
+        return {
+            "num_steps": self.num_steps,
+            "random": None if random is None else {"cpu": random.cpu, "accelerator": random.accelerator},
+            "problems": {name: runner.state_dict() for name, runner in self.runners.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`, the `state_dict()` of an engine over the same problems.
+
+        Raises:
+            ValueError: if the problems differ; nothing is changed then.
+        """
+        ours, theirs = set(self.runners), set(state["problems"])
+        if ours != theirs:
+            raise ValueError(
+                f"this engine has the problems {sorted(ours)}, the state has {sorted(theirs)}. Build the engine from the same "
+                "problems as the one that was saved."
+            )
+        for name, runner in self.runners.items():
+            runner.load_state_dict(state["problems"][name])
+        self.num_steps = state["num_steps"]
+        if state["random"] is not None:
+            device = next(iter(self.runners.values())).layout.device
+            restore_random_state(RandomState(state["random"]["cpu"], device, state["random"]["accelerator"]))
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """A problem's gradient at its present values, and what its parts reported."""
+
+    runner: Runner
+    value: Tensor
+    grad: Params
+    codes: list[Tensor]
+    batch: Any
+
+    @property
+    def is_hypergradient(self) -> bool:
+        """Return whether levels below respond in it."""
+        return bool(self.runner.graph.reaching(self.runner.name))
+
+
+def _by_problem(grad: Params) -> dict[str, Params]:
+    """Return cotangents named "problem.parameter" as one dict per problem."""
+    parts: dict[str, Params] = {}
+    for key, value in grad.items():
+        name, parameter = key.split(".", 1)
+        parts.setdefault(name, {})[parameter] = value
+    return parts
+
+
+def _levels(problems: Sequence[Problem | Sequence[Problem]]) -> list[list[Problem]]:
+    """Return the problems as levels, checked one by one and against each other."""
+    if isinstance(problems, Problem) or not isinstance(problems, Sequence):
+        raise ValueError("Engine takes a list of problems, lowest level first: Engine([lower, upper]).")
+    levels = [[entry] if isinstance(entry, Problem) else list(entry) for entry in problems]
+    if not levels or not all(levels):
+        raise ValueError("Engine: there is a level without a problem. Pass at least one problem a level, lowest level first.")
+    seen: dict[str, Problem] = {}
+    owners: dict[int, str] = {}
+    for level in levels:
+        for problem in level:
+            if not isinstance(problem, Problem):
+                raise ValueError(f"Engine takes hg.Problem objects, got {type(problem).__name__}.")
+            if problem.name in seen:
+                raise ValueError(f"two problems are named {problem.name!r}; losses could not tell them apart. Rename one.")
+            seen[problem.name] = problem
+            for key, parameter in problem.variables().items():
+                other = owners.setdefault(id(parameter), problem.name)
+                if other != problem.name:
+                    raise ValueError(
+                        f"parameter {key!r} is optimized by both {other!r} and {problem.name!r}. Give it to one of the two "
+                        "optimizers; the other problem may still read it."
+                    )
+    for level in levels[1:]:
+        for problem in level:
+            if isinstance(problem.optimizer, torch.optim.LBFGS):
+                raise ValueError(
+                    f"problem {problem.name!r}: LBFGS evaluates its loss several times a step, and each would need the levels "
+                    "below to run again. Use a first-order optimizer on upper levels."
+                )
+    return levels

@@ -1,0 +1,47 @@
+"""What a run reports, step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+
+class Record(dict[str, Any]):
+    """One step of the top level: values under "problem.quantity", tensors until someone reads them."""
+
+    def __init__(self, step: int) -> None:
+        """Begin the record of step `step`."""
+        super().__init__(step=step)
+
+    def put(self, problem: str, quantity: str, value: Any) -> None:
+        """Store a value; tensors are detached, and those on the CPU become numbers at once, which is free there."""
+        if isinstance(value, Tensor):
+            value = value.detach()
+            if value.numel() == 1 and value.device.type == "cpu" and type(value) is Tensor:
+                value = value.item()
+        self[f"{problem}.{quantity}"] = value
+
+    def read(self, key: str) -> float:
+        """Return one value as a number, read back from the device if need be."""
+        value = self[key]
+        return float(value)
+
+
+class History(list[Record]):
+    """The records of a run, oldest first; `history["problem.loss"]` is one quantity as a list of numbers."""
+
+    def __getitem__(self, key: Any) -> Any:
+        """Return a record by index, or the values of one quantity by name."""
+        if isinstance(key, str):
+            values = [record.read(key) for record in self if key in record]
+            if not values:
+                known = sorted({k for record in self for k in record})
+                raise KeyError(f"no quantity {key!r} in this history; it has {known}")
+            return values
+        return super().__getitem__(key)
+
+    def keys(self) -> Iterator[str]:
+        """Yield the names of the quantities recorded."""
+        yield from dict.fromkeys(key for record in self for key in record)

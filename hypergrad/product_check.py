@@ -1,0 +1,3 @@
+"""(stub, being written)"""
+from typing import Any
+def check_product(lower_loss: Any, lower: Any, upper: Any, batch: Any = None, *, name: str = "the lower loss") -> None: ...

@@ -1,0 +1,199 @@
+"""Many independent copies of a lower problem, run and differentiated under one vmap.
+
+Each task is one pure function: run the lower problem from its start, evaluate the reader's loss at its end, pull the
+cotangent back by the method. `torch.vmap` runs `chunk` of them at a time; the gradients are averaged.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from hypergrad._flat import Params
+from hypergrad._functional import add, random_state, restore_random_state
+from hypergrad._result import Result
+from hypergrad.graph import Network, own
+from hypergrad.methods import Reptile, ResponseMethod
+from hypergrad.problem import loss_value
+from hypergrad.runner import Runner
+from hypergrad.trajectory import Trajectory, descend
+
+Outcome = dict[str, Any]
+OneTask = Callable[[Params, Params, Any, Any], Outcome]
+
+
+def run_tasks(
+    network: Network, top: Runner, members: Sequence[Runner], batch: Any, lower_batches: dict[str, list[Any]], chunk: int | None
+) -> tuple[Outcome, int]:
+    """Return the averaged outcome of all tasks, and the chunk size used (measured once, if `chunk` is None).
+
+    Args:
+        network: evaluates losses.
+        top: the problem whose loss runs per task.
+        members: the problems with tasks that it reads, in order.
+        batch: the reader's batch; its tensors lead with the number of tasks.
+        lower_batches: for each member one batch per own step, likewise.
+        chunk: tasks at a time; 1 is a loop.
+    """
+    count = members[0].problem.tasks
+    assert count is not None
+    for runner, content in ((top, batch), *((m, lower_batches[m.name]) for m in members)):
+        _check_leading(runner, content, count)
+    upper = network.variables(top.name)
+    buffers = _stacked_buffers([top, *members], count)
+    one = _one_task(network, top, members)
+
+    def run(size: int) -> Outcome:
+        return _run(one, (upper, buffers, batch, lower_batches), count, size)
+
+    if chunk is None:
+        chunk = _fastest(run, count, top)
+    return run(chunk), chunk
+
+
+def _one_task(network: Network, top: Runner, members: Sequence[Runner]) -> OneTask:
+    def one(upper: Params, buffers: Params, batch: Any, lower_batches: Any) -> Outcome:
+        records: dict[str, Trajectory] = {}
+        ends: Params = {}
+        for member in members:
+            records[member.name] = _descend(network, member, upper, buffers | ends, lower_batches[member.name])
+            ends = ends | own(member.name, records[member.name].end)
+        flats = {name: record.end_flat for name, record in records.items()}
+
+        def upper_loss(at: dict[str, Tensor], u: Params) -> tuple[Tensor, dict[str, Tensor]]:
+            overrides = u | buffers
+            for name, record in records.items():
+                overrides = overrides | own(name, record.named(at[name]))
+            value, metrics = network.call(lambda models: loss_value(top.problem.loss, models, batch, top.name), overrides)
+            tensors = {k: torch.as_tensor(m, device=value.device).detach() for k, m in metrics.items()}
+            return value, tensors
+
+        (cotangents, grad), (value, metrics) = torch.func.grad_and_value(upper_loss, argnums=(0, 1), has_aux=True)(flats, upper)
+        code = Result.SUCCESS.tensor(value.device)
+        for member in members:
+            method = member.problem.method
+            if not member.problem.responds or method is None:
+                continue
+            record = records[member.name]
+            if isinstance(method, Reptile):
+                grad = method.direction(record, upper)
+                continue
+            if isinstance(method, ResponseMethod):
+                pulled = method.vjp(record, upper, cotangents[member.name])
+                grad = add(grad, pulled.grad)
+            else:
+                name = member.name
+                pulled = method.total(lambda w, u, _: upper_loss({name: record.layout.ravel(w)}, u)[0], record, upper, batch, None)
+                grad = pulled.grad
+            if pulled.result is not None:
+                code = torch.maximum(code, pulled.result)
+        return {"grad": grad, "value": value, "metrics": metrics, "code": code}
+
+    return one
+
+
+def _descend(network: Network, member: Runner, upper: Params, constants: Params, batches: Sequence[Any]) -> Trajectory:
+    """Return the record of one task's run, from its start or from the module's own parameters."""
+    problem = member.problem
+
+    def loss(lower: Params, u: Params, batch: Any) -> Tensor:
+        value: Tensor = network.call(
+            lambda models: loss_value(problem.loss, models, batch, problem.name)[0], own(problem.name, lower) | u | constants
+        )
+        return value
+
+    def start(u: Params) -> Params:
+        values = member.start_values(u | constants)
+        return {key: values[key] for key in member.used}
+
+    def function_of(function: Callable[[Any], Any]) -> Callable[[Params], Any]:
+        return lambda u: network.call(function, u | constants)
+
+    method = problem.method
+    return descend(
+        loss,
+        {key: p.detach() for key, p in member.used.items()},
+        upper,
+        optimizer=member.bound,
+        batches=batches,
+        start=None if problem.start is None else start,
+        hyper={name: function_of(function) for name, function in problem.hyper.items()},
+        clip_norm=problem.clip_norm,
+        clip_value=problem.clip_value,
+        project=None if problem.project is None else member.project,
+        recording=None if method is None else method.recording(len(batches)),
+    )
+
+
+def _run(one: OneTask, inputs: tuple[Params, Params, Any, Any], count: int, chunk: int) -> Outcome:
+    """Return the mean outcome, the worst code, over all tasks, `chunk` at a time."""
+    upper, *rest = inputs
+    if chunk == 1:
+        outcomes = [one(upper, *(_index(part, task) for part in rest)) for task in range(count)]
+        stacked = pytree.tree_map(lambda *values: torch.stack(values), *outcomes)
+    else:
+        in_dims = (None, *(pytree.tree_map(lambda x: 0 if isinstance(x, Tensor) else None, part) for part in rest))
+        size = None if chunk >= count else chunk
+        stacked = torch.vmap(one, in_dims=in_dims, chunk_size=size, randomness="different")(upper, *rest)
+    mean: Outcome = {
+        "grad": {name: g.mean(0) for name, g in stacked["grad"].items()},
+        "value": stacked["value"].mean(),
+        "metrics": {name: m.to(torch.float32).mean() for name, m in stacked["metrics"].items()},
+        "code": stacked["code"].max(),
+    }
+    return mean
+
+
+def _fastest(run: Callable[[int], Outcome], count: int, top: Runner) -> int:
+    """Return the faster of all tasks under one vmap and one after the other, by running each twice here."""
+    if count == 1:
+        return 1
+    device = top.layout.device
+    random = random_state(device)
+    times: dict[int, float] = {}
+    for chunk in (count, 1):
+        try:
+            for _ in range(2):
+                restore_random_state(random)
+                began = time.perf_counter()
+                float(run(chunk)["value"])
+                times[chunk] = time.perf_counter() - began
+        except RuntimeError as error:
+            if chunk == 1:
+                raise
+            warnings.warn(
+                f"problem {top.name!r}: its tasks cannot run under vmap ({error}); they run one after the other (chunk=1).",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+    restore_random_state(random)
+    return min(times, key=times.__getitem__)
+
+
+def _stacked_buffers(runners: Sequence[Runner], count: int) -> Params:
+    """Return a copy of the problems' buffers for each task."""
+    return {
+        f"{runner.name}.{key}": buffer.detach().expand(count, *buffer.shape).clone()
+        for runner in runners
+        for key, buffer in runner.problem.module.named_buffers()
+    }
+
+
+def _index(part: Any, task: int) -> Any:
+    return pytree.tree_map(lambda x: x[task] if isinstance(x, Tensor) else x, part)
+
+
+def _check_leading(runner: Runner, content: Any, count: int) -> None:
+    for leaf in pytree.tree_leaves(content):
+        if isinstance(leaf, Tensor) and (leaf.dim() == 0 or leaf.shape[0] != count):
+            raise ValueError(
+                f"problem {runner.name!r}: a tensor in its batch has shape {tuple(leaf.shape)}; with tasks={count} every tensor "
+                f"of a batch must lead with {count}, one slice per task."
+            )
+
