@@ -1,3 +1,211 @@
-"""(stub, being written)"""
+"""One Hessian product against a finite difference of the gradient: wrong second derivatives show up."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
-def check_product(lower_loss: Any, lower: Any, upper: Any, batch: Any = None, *, name: str = "the lower loss") -> None: ...
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from hypergrad._flat import Layout, Params, as_params, check_params
+from hypergrad._functional import (
+    Loss,
+    RandomState,
+    gradient,
+    random_state,
+    replaying,
+    scalar,
+    tape,
+    untouched,
+)
+from hypergrad.solvers._probes import gaussian
+
+_CULPRITS = (
+    "torch.utils.checkpoint inside functional_call (it recomputes with other parameters), "
+    "once_differentiable functions, autograd.Functions that keep tensors on ctx instead of "
+    "save_for_backward, weight_norm on CPU, spectral_norm in train mode, Embedding(padding_idx=...)"
+)
+_STEPS = {torch.float64: (1e-4, 1e-6), torch.float32: (3e-2, 3e-3)}
+_TOLERANCE = {torch.float64: 1e-4, torch.float32: 5e-2}
+
+Gradients = Callable[[Tensor], Tensor]
+
+
+def check_product(
+    lower_loss: Loss,
+    lower: Mapping[str, Tensor],
+    upper: Mapping[str, Tensor],
+    batch: Any = None,
+    *,
+    name: str = "the lower loss",
+) -> None:
+    """Return nothing if the second derivatives of `lower_loss` are right, and raise if they are not.
+
+        d/dw <grad_w L, x>  against  (grad L(w + eps x, u) - grad L(w - eps x, u)) / (2 eps)
+
+    and likewise d/du, for one random direction x, in the lower parameters w and the upper ones u. It runs in
+    float64 where the loss does (parameters, buffers and floating-point tensors in `batch` are cast for the
+    purpose), else in the dtype given. Random draws are replayed; parameters, buffers, modes and generators
+    are left as they were found.
+
+    Where the two differ and the difference quotient has settled (two lengths epsilon agree better with one
+    another than with the product), the product is wrong. Kinks, as those of ReLU and max-pooling, unsettle a
+    quotient and raise no alarm; in float32 the test is only good for errors of several per cent.
+
+    Cost: one product and four gradients.
+
+    Args:
+        lower_loss: pure function (lower, upper, batch) -> scalar.
+        lower: name -> tensor.
+        upper: name -> tensor; may be empty.
+        batch: passed to `lower_loss`.
+        name: what to call the loss in the error.
+
+    Raises:
+        ValueError: if a product is wrong, or an operation has no second derivative.
+
+    Example:
+        >>> import torch, hypergrad as hg
+        >>> def loss(lower, upper, batch):
+        ...     return (lower["w"] ** 4 * upper["c"]).sum()
+        >>> hg.check_product(loss, {"w": torch.ones(2)}, {"c": torch.ones(2)})
+    """
+    check_params(lower, "lower")
+    constants, known = as_params(lower), as_params(upper)
+    drawn = random_state(next(iter(constants.values())).device)
+    wide = torch.float64
+    try:
+        with _double_modules():
+            double_batch = pytree.tree_map(_double, batch)
+            double_lower = {n: w.to(wide) for n, w in constants.items()}
+            double_upper = {n: u.to(wide) for n, u in known.items()}
+            found = _compare(lower_loss, double_lower, double_upper, double_batch, drawn)
+    except Exception:  # what cannot run in float64 is checked as it is, which raises what there is to raise
+        wide = Layout.of(constants).dtype
+        found = _compare(lower_loss, constants, known, batch, drawn)
+    if found is not None:
+        where, error = found
+        raise ValueError(
+            f"{name}: its second derivative is wrong at {where}: a Hessian product differs from a finite "
+            f"difference of the gradient by {100 * error:.2g}% (in {wide}), and torch does not notice. "
+            f"Known culprits: {_CULPRITS}. Replace the module or operation, use a method without second "
+            "derivatives (hg.FiniteDifference, hg.SAMA, hg.Penalty), or turn this check off "
+            "(Engine(product_check=False)) if the difference is meant."
+        )
+
+
+def _compare(
+    lower_loss: Loss, lower: Params, upper: Params, batch: Any, drawn: RandomState | None
+) -> tuple[str, float] | None:
+    """Return where the product is wrong and by how much, or None."""
+    layout = Layout.of(lower)
+    flat = layout.ravel(lower)
+    direction = _direction(layout, flat)
+
+    def loss(w: Tensor, u: Params) -> Tensor:
+        with replaying(drawn):
+            return scalar(lower_loss(layout.unravel(w), u, batch), "the lower loss")
+
+    def slope(w: Tensor, u: Params) -> Tensor:
+        return gradient(lambda x: loss(x, u), w, create_graph=True)
+
+    with untouched(layout.device):
+        taped = tape(slope, flat, upper, kind="auto")
+        product = layout.unravel(taped.pull_lower(direction))
+        mixed = taped.pull_upper(direction) if upper else {}
+    del taped
+    quotients = [_quotient(loss, layout, flat, upper, direction, epsilon) for epsilon in _STEPS[layout.dtype]]
+    blocks = [("lower", product, [q[0] for q in quotients]), ("upper", mixed, [q[1] for q in quotients])]
+    worst: tuple[str, float] | None = None
+    for what, exact, estimates in blocks:
+        total = max((float(_norm(e)) for e in estimates), default=0.0)
+        for key in exact:
+            ends = [e[key].to(layout.dtype) for e in estimates if key in e]
+            if len(ends) != len(estimates):
+                continue
+            errors = [float((exact[key].to(layout.dtype) - end).norm()) for end in ends]
+            size = max(float(ends[-1].norm()), 1e-2 * total)
+            settled = min(errors) > 4 * float((ends[0] - ends[1]).norm())
+            relative = min(errors) / size if size > 0 else 0.0
+            if settled and relative > _TOLERANCE[layout.dtype] and (worst is None or relative > worst[1]):
+                worst = f"{what}[{key!r}]", relative
+    return worst
+
+
+def _quotient(
+    loss: Callable[[Tensor, Params], Tensor],
+    layout: Layout,
+    flat: Tensor,
+    upper: Params,
+    direction: Tensor,
+    epsilon: float,
+) -> tuple[Params, Params]:
+    """Return the central difference of the gradients in lower and upper parameters."""
+    ends = [_gradients(loss, layout, flat + sign * epsilon * direction, upper) for sign in (1, -1)]
+
+    def difference(ahead: Params, behind: Params) -> Params:
+        return {k: (ahead[k] - behind[k]) / (2 * epsilon) for k in ahead if k in behind}
+
+    return difference(ends[0][0], ends[1][0]), difference(ends[0][1], ends[1][1])
+
+
+def _gradients(
+    loss: Callable[[Tensor, Params], Tensor], layout: Layout, flat: Tensor, upper: Params
+) -> tuple[Params, Params]:
+    """Return the gradients at one point; upper entries that are not read are left out."""
+    with untouched(layout.device), torch.enable_grad():
+        leaf = flat.detach().requires_grad_()
+        leaves = {n: u.detach().requires_grad_() for n, u in upper.items()}
+        slope, *others = torch.autograd.grad(loss(leaf, leaves), [leaf, *leaves.values()], allow_unused=True)
+    lower = layout.unravel(torch.zeros_like(flat) if slope is None else slope)
+    return lower, {n: g for n, g in zip(leaves, others, strict=True) if g is not None}
+
+
+def _direction(layout: Layout, flat: Tensor) -> Tensor:
+    """Return a random direction, each parameter moving in proportion to its size."""
+    whole = flat.square().mean().sqrt()
+    noise = gaussian(layout.size, seed=0, stream=0, dtype=layout.dtype, device=layout.device)
+    scales = [
+        torch.maximum(piece.square().mean().sqrt(), 0.1 * whole).clamp(min=1e-3).expand(piece.numel())
+        for piece in flat.split_with_sizes(layout.sizes)
+        if piece.numel()
+    ]
+    return noise * torch.cat(scales)
+
+
+def _norm(params: Params) -> Tensor:
+    return torch.stack([p.norm() for p in params.values()]).norm() if params else torch.zeros(())
+
+
+def _double(leaf: Any) -> Any:
+    return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+
+@contextlib.contextmanager
+def _double_modules() -> Iterator[None]:
+    """Let every module called in the body find its buffers and parameters in float64; put them back after."""
+    found: dict[tuple[nn.Module, str, str], tuple[Tensor, Tensor]] = {}
+
+    def widen(module: nn.Module, _args: Any) -> None:
+        for inner in module.modules():
+            for kind, held in (("buffer", inner._buffers), ("parameter", inner._parameters)):
+                for key, tensor in held.items():
+                    if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
+                        continue
+                    kept = found.get((inner, kind, key))
+                    wide = kept[1] if kept is not None and kept[0] is tensor else tensor.detach().double()
+                    found[(inner, kind, key)] = (tensor, wide)
+                    held[key] = wide  # type: ignore[assignment]
+
+    handle = nn.modules.module.register_module_forward_pre_hook(widen)
+    try:
+        yield
+    finally:
+        handle.remove()
+        for (module, kind, key), (tensor, wide) in found.items():
+            held = module._buffers if kind == "buffer" else module._parameters
+            if held.get(key) is wide:
+                held[key] = tensor  # type: ignore[assignment]

@@ -18,6 +18,7 @@ LAYERS: dict[str, float] = {
     "solvers": 2,
     "optim": 3,
     "trajectory": 3.5,
+    "product_check": 3.7,
     "methods": 4,
     "problem": 5,
     "graph": 6,

@@ -40,7 +40,8 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "tfqmr": _sparse.tfqmr,
 }
 _SYMMETRIC = ("cg", "minres")
-_RESTART = 20
+_BASIS_NUMBERS = 2**26
+"""How many numbers the vectors kept between two restarts of GMRES may take: 512 MiB in float64."""
 
 
 @final
@@ -97,8 +98,7 @@ class SciPy(Solver):
         check_number("SciPy", "atol", self.atol)
         if self.name == "minres" and self.atol > 0:
             raise ValueError(
-                f"SciPy's minres has no absolute tolerance, got atol={self.atol}. "
-                "Use atol=0, or hypergrad's MINRES."
+                f"SciPy's minres has no absolute tolerance, got atol={self.atol}. Use atol=0, or hypergrad's MINRES."
             )
 
     def solve(self, op: Operator, b: Tensor, *, x0: Tensor | None = None) -> Solution:
@@ -130,23 +130,19 @@ class SciPy(Solver):
         ) -> Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]:
             def multiply(v: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
                 counter.products += 1
-                return _to_numpy(
-                    product(torch.from_numpy(v.reshape(-1).copy()).to(device=b.device, dtype=b.dtype))
-                )
+                return _to_numpy(product(torch.from_numpy(v.reshape(-1).copy()).to(device=b.device, dtype=b.dtype)))
 
             return multiply
 
         rhs = _to_numpy(r)
-        A = _sparse.LinearOperator(
-            (op.size, op.size), matvec=host(op.mv), rmatvec=host(op.rmv), dtype=rhs.dtype
-        )
+        A = _sparse.LinearOperator((op.size, op.size), matvec=host(op.mv), rmatvec=host(op.rmv), dtype=rhs.dtype)
         options: dict[str, Any] = {"maxiter": self.max_steps, "callback": counter.step}
         if self.name == "minres":
             options |= {"rtol": self.rtol}
         else:
             options |= {"rtol": 0.0, "atol": tol}
         if self.name == "gmres":
-            restart = min(_RESTART, self.max_steps, op.size)
+            restart = min(max(20, _BASIS_NUMBERS // max(op.size, 1)), self.max_steps, op.size)
             options |= {"restart": restart, "maxiter": math.ceil(self.max_steps / restart)}
             options |= {"callback_type": "pr_norm"}
         with np.errstate(all="ignore"):

@@ -69,18 +69,13 @@ def relative_error(actual: Params, expected: Params) -> float:
     return float(difference.norm() / scale) if scale > 0 else float(difference.norm())
 
 
-def spd(
-    size: int, condition: float, *, generator: torch.Generator, dtype: torch.dtype = torch.float64
-) -> Tensor:
+def spd(size: int, condition: float, *, generator: torch.Generator, dtype: torch.dtype = torch.float64) -> Tensor:
     """Return a symmetric matrix with eigenvalues log-spaced from 1 / condition to 1, shape (size, size)."""
     basis = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))[0]
-    values = (
-        torch.logspace(0, -1, size, base=condition, dtype=torch.float64)
-        if size > 1
-        else torch.ones(1).double()
-    )
+    values = torch.logspace(0, -1, size, base=condition, dtype=torch.float64) if size > 1 else torch.ones(1).double()
     matrix = (basis * values) @ basis.T
-    return ((matrix + matrix.T) / 2).to(dtype)
+    symmetric: Tensor = (matrix + matrix.T) / 2
+    return symmetric.to(dtype)
 
 
 def quadratic(
@@ -164,7 +159,7 @@ def ridge(num_rows: int = 20, num_columns: int = 5, *, seed: int = 0) -> KnownPr
     data = torch.randn(2 * num_rows, num_columns, generator=generator, dtype=torch.float64)
     labels = data @ torch.randn(num_columns, generator=generator, dtype=torch.float64)
     labels = labels + 0.3 * torch.randn(2 * num_rows, generator=generator, dtype=torch.float64)
-    (x, held_x), (y, held_y) = data.split(num_rows), labels.split(num_rows)
+    (x, held_x), (y, held_y) = data.chunk(2), labels.chunk(2)
     gram, moment = x.T @ x / num_rows, x.T @ y / num_rows
 
     def lower_loss(lower: Params, upper: Params, _batch: Any) -> Tensor:
@@ -203,7 +198,7 @@ def logistic(num_rows: int = 30, num_columns: int = 4, *, seed: int = 0) -> Know
     data = torch.randn(2 * num_rows, num_columns, generator=generator, dtype=torch.float64)
     noise = torch.randn(2 * num_rows, generator=generator, dtype=torch.float64)
     labels = torch.sign(data @ torch.randn(num_columns, generator=generator, dtype=torch.float64) + noise)
-    (x, held_x), (y, held_y) = data.split(num_rows), labels.split(num_rows)
+    (x, held_x), (y, held_y) = data.chunk(2), labels.chunk(2)
 
     def lower_loss(lower: Params, upper: Params, _batch: Any) -> Tensor:
         w = lower["w"]
@@ -247,18 +242,14 @@ def tanh_network(num_rows: int = 12, width: int = 4, *, seed: int = 5) -> KnownP
         return 0.5 * ((outputs(lower, x) - y) ** 2).mean() + 0.5 * penalty
 
     def upper_loss(lower: Params, upper: Params, _batch: Any) -> Tensor:
-        return (
-            0.5 * ((outputs(lower, held_x) - held_y) ** 2).mean() + 0.01 * (upper["log_penalty"] ** 2).sum()
-        )
+        return 0.5 * ((outputs(lower, held_x) - held_y) ** 2).mean() + 0.01 * (upper["log_penalty"] ** 2).sum()
 
     lower = {"w1": draw(2, width), "b1": draw(width), "w2": draw(width)}
     upper = {"log_penalty": torch.tensor([-2.0, -2.5, -3.0], dtype=torch.float64)}
     return newton_problem(f"tanh-{width}", lower_loss, upper_loss, lower, upper)
 
 
-def newton_problem(
-    name: str, lower_loss: Loss, upper_loss: Loss, lower: Params, upper: Params
-) -> KnownProblem:
+def newton_problem(name: str, lower_loss: Loss, upper_loss: Loss, lower: Params, upper: Params) -> KnownProblem:
     """Return the problem whose lower solution is found from `lower` to machine precision, densely.
 
     Newton's method with a shift that keeps its matrix positive definite. The solution's derivative is that
@@ -278,7 +269,7 @@ def newton_problem(
     sizes = [w.numel() for w in lower.values()]
 
     def named(vector: Tensor) -> Params:
-        return {n: p.view(s) for n, p, s in zip(names, vector.split(sizes), shapes, strict=True)}
+        return {n: p.view(s) for n, p, s in zip(names, vector.split_with_sizes(sizes), shapes, strict=True)}
 
     def gradient(vector: Tensor, at: Params) -> Tensor:
         slope: Tensor = torch.func.grad(lambda v: lower_loss(named(v), at, None))(vector)
@@ -297,9 +288,7 @@ def newton_problem(
                 break
         hessian = torch.func.jacrev(gradient)(point, at)
         if gradient(point, at).norm() > 1e-12 or torch.linalg.eigvalsh(hessian).min() <= 0:
-            raise ValueError(
-                f"{name}: Newton's method did not reach a minimizer from this start; choose another seed."
-            )
+            raise ValueError(f"{name}: Newton's method did not reach a minimizer from this start; choose another seed.")
         return point, hessian
 
     def solution(at: Params) -> Params:
@@ -309,6 +298,4 @@ def newton_problem(
 
     _, hessian = minimizer(upper)
     values = torch.linalg.eigvalsh(hessian)
-    return KnownProblem(
-        name, lower_loss, upper_loss, lower, upper, solution, float(values.max()), float(values.min())
-    )
+    return KnownProblem(name, lower_loss, upper_loss, lower, upper, solution, float(values.max()), float(values.min()))
