@@ -12,6 +12,7 @@ from functools import reduce
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
 
 Params = dict[str, Tensor]
 """Named parameters of one level; the insertion order carries no meaning."""
@@ -66,7 +67,7 @@ class Layout:
 
     def unravel(self, vector: Tensor) -> Params:
         """Return views of `vector`, shape (size,), named and shaped as the parameters."""
-        pieces = vector.split(self.sizes)
+        pieces = torch.split(vector, list(self.sizes))
         return {
             name: piece.view(shape).to(dtype)
             for name, piece, shape, dtype in zip(self.names, pieces, self.shapes, self.dtypes, strict=True)
@@ -84,9 +85,7 @@ class Layout:
             )
         for name, shape in zip(self.names, self.shapes, strict=True):
             if params[name].shape != shape:
-                raise ValueError(
-                    f"{what}[{name!r}] has shape {tuple(params[name].shape)}, expected {tuple(shape)}."
-                )
+                raise ValueError(f"{what}[{name!r}] has shape {tuple(params[name].shape)}, expected {tuple(shape)}.")
 
 
 def as_params(params: Mapping[str, Tensor]) -> Params:
@@ -98,8 +97,8 @@ def constant(tensor: Tensor) -> Tensor:
     """Return `tensor` detached, also from the levels of surrounding transforms, which may end before it is read."""
     value = tensor.detach()
     if not torch.compiler.is_compiling():
-        while torch._C._functorch.is_gradtrackingtensor(value):
-            value = torch._C._functorch.get_unwrapped(value)
+        while _functorch.is_gradtrackingtensor(value):
+            value = _functorch.get_unwrapped(value)
     return value
 
 
@@ -122,7 +121,9 @@ def check_params(params: Mapping[str, Tensor], what: str) -> None:
                 "Convert it with .float(), or close over it as a constant."
             )
         if tensor.layout is not torch.strided:
-            raise ValueError(f"{what}[{name!r}] is {tensor.layout}; only dense tensors are supported. Call .to_dense().")
+            raise ValueError(
+                f"{what}[{name!r}] is {tensor.layout}; only dense tensors are supported. Call .to_dense()."
+            )
         device = device or tensor.device
         if tensor.device != device:
             raise ValueError(

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._C import _functorch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hypergrad._flat import Params
@@ -30,7 +31,7 @@ TapeKind = Literal["auto", "autograd", "transform"]
 
 def in_transform() -> bool:
     """Return whether this runs inside `torch.func` transforms or a compiled region, where nothing may be read back."""
-    return torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None
+    return torch.compiler.is_compiling() or _functorch.maybe_current_level() is not None
 
 
 def arity(function: Callable[..., Any], default: int) -> int:
@@ -52,7 +53,8 @@ def scalar(value: Any, what: str) -> Tensor:
         raise ValueError(f"{what} must return a scalar Tensor, got {type(value).__name__}.")
     if value.dim() != 0:
         raise ValueError(
-            f"{what} must return a scalar (0-dim) Tensor, got shape {tuple(value.shape)}. Reduce it with .mean() or .sum()."
+            f"{what} must return a scalar (0-dim) Tensor, got shape {tuple(value.shape)}. Reduce it with .mean() or "
+            f".sum()."
         )
     if not value.is_floating_point():
         raise ValueError(f"{what} must return a floating-point scalar, got dtype {value.dtype}.")
@@ -131,15 +133,16 @@ def untouched(device: torch.device) -> Iterator[None]:
 # --- gradients and tapes ---------------------------------------------------------------------------------------------
 
 
-def second_order() -> contextlib.AbstractContextManager[None]:
+def second_order() -> contextlib.AbstractContextManager[Any]:
     """Return a context in which attention uses its math kernel, the only one that has a second derivative."""
-    return sdpa_kernel(SDPBackend.MATH)  # type: ignore[no-any-return, no-untyped-call]
+    return sdpa_kernel(SDPBackend.MATH)
 
 
 def gradient(loss: Callable[[Tensor], Tensor], flat: Tensor, *, create_graph: bool = False) -> Tensor:
     """Return the gradient of `loss` at `flat`, by autograd outside transforms and `torch.func.grad` inside."""
     if in_transform():
-        return torch.func.grad(loss)(flat)
+        grad: Tensor = torch.func.grad(loss)(flat)
+        return grad
     with torch.enable_grad():
         point = flat if create_graph and flat.requires_grad else flat.detach().requires_grad_()
         value = loss(point)
@@ -150,6 +153,12 @@ def gradient(loss: Callable[[Tensor], Tensor], flat: Tensor, *, create_graph: bo
             )
         (grad,) = torch.autograd.grad(value, point, create_graph=create_graph, materialize_grads=True)
     return grad
+
+
+def vjp(function: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., tuple[Any, ...]]]:
+    """Return `torch.func.vjp`: the value of `function` at `primals`, and its pullback (a tuple, one entry a primal)."""
+    value, pullback, *_ = torch.func.vjp(function, *primals)
+    return value, pullback
 
 
 class Tape(ABC):
@@ -225,25 +234,25 @@ class TransformTape(Tape):
         self._residual, self._lower, self._upper = residual, lower, upper
         self._push: Callable[[Tensor], tuple[Tensor]] | None = None
         with second_order():
-            self.value, self._pullback = torch.func.vjp(lambda w: residual(w, upper), lower)
+            self.value, self._pullback = vjp(lambda w: residual(w, upper), lower)
 
     def pull_lower(self, cotangent: Tensor) -> Tensor:
         """Return (dF/d lower)^T cotangent."""
-        (pulled,) = self._pullback(cotangent)
+        pulled: Tensor = self._pullback(cotangent)[0]
         return pulled
 
     def push_lower(self, tangent: Tensor) -> Tensor:
         """Return (dF/d lower) tangent."""
         if self._push is None:
-            _, self._push = torch.func.vjp(self.pull_lower, torch.zeros_like(self.value))
-        (pushed,) = self._push(tangent)
+            _, self._push = vjp(self.pull_lower, torch.zeros_like(self.value))
+        pushed: Tensor = self._push(tangent)[0]
         return pushed
 
     def pull_upper(self, cotangent: Tensor) -> Params:
         """Return (dF/d upper)^T cotangent."""
         with second_order():
-            _, pullback = torch.func.vjp(lambda u: self._residual(self._lower, u), self._upper)
-        (pulled,) = pullback(cotangent)
+            _, pullback = vjp(lambda u: self._residual(self._lower, u), self._upper)
+        pulled: Params = pullback(cotangent)[0]
         return pulled
 
 
@@ -299,7 +308,8 @@ def named(template: Params, tensors: Sequence[Tensor | None]) -> Params:
 def upper_gradient(loss: Callable[[Params], Tensor], upper: Params) -> Params:
     """Return the gradient of `loss` at `upper` by name; outside transforms, names it does not read are left out."""
     if in_transform():
-        return torch.func.grad(loss)(upper)
+        grads: Params = torch.func.grad(loss)(upper)
+        return grads
     with torch.enable_grad():
         leaves = {name: u.detach().requires_grad_() for name, u in upper.items()}
         value = loss(leaves)
@@ -315,4 +325,3 @@ def add(total: Params, more: Params) -> Params:
 
 def _alias(tensor: Tensor) -> Tensor:
     return tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
-

@@ -14,14 +14,14 @@ from hypergrad._functional import arity
 
 @dataclass(frozen=True)
 class Composite:
-    """A lower loss criterion(outputs(lower)) + penalty(lower), for `Implicit(curvature="gauss_newton")`.
+    r"""A lower loss criterion(outputs(lower)) + penalty(lower), for `Implicit(curvature="gauss_newton")`.
 
-    .. math:: L(w, u) = \\ell(z(w, u), u) + p(w, u), \\qquad G = J^T B J + \\nabla^2_w p
+    .. math:: L(w, u) = \ell(z(w, u), u) + p(w, u), \qquad G = J^T B J + \nabla^2_w p
 
-    with outputs z, J = dz/dw, B the Hessian of the criterion in z. G is positive semi-definite wherever the criterion is
-    convex in the outputs and the penalty in the parameters, and equals the Hessian where z is linear in w or the
-    criterion's gradient vanishes. The penalty keeps its exact Hessian. A `Composite` is itself a loss: call it anywhere a
-    loss is expected.
+    with outputs z, J = dz/dw, B the Hessian of the criterion in z. G is positive semi-definite wherever the criterion
+    is convex in the outputs and the penalty in the parameters, and equals the Hessian where z is linear in w or the
+    criterion's gradient vanishes. The penalty keeps its exact Hessian. A `Composite` is itself a loss: call it anywhere
+    a loss is expected.
 
     Args:
         outputs: function (lower, upper, batch) -> Tensor, the model's predictions, any shape.

@@ -30,18 +30,19 @@ OnBreakdown = Literal["raise", "warn", "skip"]
 class Engine:
     """Trains a graph of problems: each level on its own loss, upper levels by hypergradients through the lower ones.
 
-    One step of the engine is one step of the top level. Before it, each level below runs its `steps`; a level in the middle
-    does the same to the level below it at each of its own steps. The gradient of a problem is its partial derivative plus
-    what the lower problems' methods pull back, from the lowest level up.
+    One step of the engine is one step of the top level. Before it, each level below runs its `steps`; a level in the
+    middle does the same to the level below it at each of its own steps. The gradient of a problem is its partial
+    derivative plus what the lower problems' methods pull back, from the lowest level up.
 
     Args:
         problems: lowest level first; a nested list puts several problems on one level.
-        on_breakdown: what to do when a hypergradient cannot be trusted (negative curvature, divergence, non-finite values):
-            "raise" a `SolveError` that names the problem, "warn" and step with what there is, or "skip" that step.
-        partial_hessian: allow levels with levels below whose rule cannot be differentiated, by holding the lower ones fixed
-            in curvature and mixed partial. It biases the hypergradient.
-        product_check: at build, compare one Hessian product with a finite difference for each problem whose method needs
-            second derivatives; it catches modules whose second derivative is silently wrong.
+        on_breakdown: what to do when a hypergradient cannot be trusted (negative curvature, divergence, non-finite
+            values): "raise" a `SolveError` that names the problem, "warn" and step with what there is, or "skip" that
+            step.
+        partial_hessian: allow levels with levels below whose rule cannot be differentiated, by holding the lower ones
+            fixed in curvature and mixed partial. It biases the hypergradient.
+        product_check: at build, compare one Hessian product with a finite difference for each problem whose method
+            needs second derivatives; it catches modules whose second derivative is silently wrong.
 
     Raises:
         ValueError: at construction, for a graph or a problem that has no exact meaning; nothing is changed then.
@@ -138,7 +139,7 @@ class Engine:
     # --- running levels ----------------------------------------------------------------------------------------------
 
     def _step_level(self, level: int, problems: Sequence[Problem], index: int, record: Record) -> None:
-        """Take own step `index` of `problems`, all on `level`; the level below runs first, and ends its window after."""
+        """Take own step `index` of `problems`, all on `level`; the level below runs first and ends its window after."""
         for problem in problems:
             self._batches.pop(problem.name, None)
         if level > 0:
@@ -193,7 +194,8 @@ class Engine:
             return runner.source.peek()
         if problem in self.graph.levels[-1]:
             raise ValueError(
-                f"problem {problem.name!r} is on the top level and has no data: there is no level above to give it batches. "
+                f"problem {problem.name!r} is on the top level and has no data: there is no level above to give it "
+                f"batches. "
                 "Pass data=."
             )
         return problem.select_from(self._first_batch(self._parent(problem).problem), 0)
@@ -336,7 +338,7 @@ class Engine:
     # --- saving and going on -----------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything needed to go on: modules, optimizers, schedulers, data positions, warm starts, RNG, counters."""
+        """Return what is needed to go on: modules, optimizers, schedulers, data positions, warm starts, RNG, counts."""
         random = random_state(next(iter(self.runners.values())).layout.device)
         return {
             "num_steps": self.num_steps,
@@ -353,7 +355,8 @@ class Engine:
         ours, theirs = set(self.runners), set(state["problems"])
         if ours != theirs:
             raise ValueError(
-                f"this engine has the problems {sorted(ours)}, the state has {sorted(theirs)}. Build the engine from the same "
+                f"this engine has the problems {sorted(ours)}, the state has {sorted(theirs)}. Build the engine from "
+                f"the same "
                 "problems as the one that was saved."
             )
         for name, runner in self.runners.items():
@@ -395,7 +398,9 @@ def _levels(problems: Sequence[Problem | Sequence[Problem]]) -> list[list[Proble
         raise ValueError("Engine takes a list of problems, lowest level first: Engine([lower, upper]).")
     levels = [[entry] if isinstance(entry, Problem) else list(entry) for entry in problems]
     if not levels or not all(levels):
-        raise ValueError("Engine: there is a level without a problem. Pass at least one problem a level, lowest level first.")
+        raise ValueError(
+            "Engine: there is a level without a problem. Pass at least one problem a level, lowest level first."
+        )
     seen: dict[str, Problem] = {}
     owners: dict[int, str] = {}
     for level in levels:
@@ -403,20 +408,24 @@ def _levels(problems: Sequence[Problem | Sequence[Problem]]) -> list[list[Proble
             if not isinstance(problem, Problem):
                 raise ValueError(f"Engine takes hg.Problem objects, got {type(problem).__name__}.")
             if problem.name in seen:
-                raise ValueError(f"two problems are named {problem.name!r}; losses could not tell them apart. Rename one.")
+                raise ValueError(
+                    f"two problems are named {problem.name!r}; losses could not tell them apart. Rename one."
+                )
             seen[problem.name] = problem
             for key, parameter in problem.variables().items():
                 other = owners.setdefault(id(parameter), problem.name)
                 if other != problem.name:
                     raise ValueError(
-                        f"parameter {key!r} is optimized by both {other!r} and {problem.name!r}. Give it to one of the two "
+                        f"parameter {key!r} is optimized by both {other!r} and {problem.name!r}. Give it to one of the "
+                        f"two "
                         "optimizers; the other problem may still read it."
                     )
     for level in levels[1:]:
         for problem in level:
             if isinstance(problem.optimizer, torch.optim.LBFGS):
                 raise ValueError(
-                    f"problem {problem.name!r}: LBFGS evaluates its loss several times a step, and each would need the levels "
+                    f"problem {problem.name!r}: LBFGS evaluates its loss several times a step, and each would need the "
+                    f"levels "
                     "below to run again. Use a first-order optimizer on upper levels."
                 )
     return levels

@@ -110,7 +110,9 @@ def detach(model: nn.Module) -> Detached:
         False
     """
     if not isinstance(model, nn.Module):
-        raise ValueError(f"detach takes a module such as models.<name>, got {type(model).__name__}. Use .detach() on tensors.")
+        raise ValueError(
+            f"detach takes a module such as models.<name>, got {type(model).__name__}. Use .detach() on tensors."
+        )
     return Detached(model)
 
 
@@ -212,14 +214,17 @@ def dry_reads(network: Network, problem: Problem, batch: Any) -> Reads:
     used = frozenset(key.split(".", 1)[1] for key in own if key.split(".", 1)[0] == problem.name)
     if not used:
         raise ValueError(
-            f"problem {problem.name!r}: its loss does not depend on its own variables. Call models.{problem.name}(...) in the "
+            f"problem {problem.name!r}: its loss does not depend on its own variables. Call models.{problem.name}(...) "
+            f"in the "
             "loss, without .detach() or torch.no_grad()."
         )
     connected = {key.split(".", 1)[0] for key in keys}
     if problem.reads is not None:
         unknown = sorted(set(problem.reads) - set(network.problems))
         if unknown:
-            raise ValueError(f"problem {problem.name!r}: reads={list(problem.reads)} names {unknown}, which are no problems.")
+            raise ValueError(
+                f"problem {problem.name!r}: reads={list(problem.reads)} names {unknown}, which are no problems."
+            )
         connected |= set(problem.reads)
         seen_all |= set(problem.reads)
     return Reads(
@@ -235,7 +240,9 @@ def _total(value: Any) -> Tensor | None:
     """Return the sum of all tensors in a loss, a dict or a list; None if there is none that is floating-point."""
     if isinstance(value, Tensor):
         return value.sum() if value.is_floating_point() else None
-    items = list(value.values()) if isinstance(value, Mapping) else list(value) if isinstance(value, (list, tuple)) else []
+    items = (
+        list(value.values()) if isinstance(value, Mapping) else list(value) if isinstance(value, (list, tuple)) else []
+    )
     totals = [t for t in map(_total, items) if t is not None and t.requires_grad]
     return torch.stack([t.to(torch.float64) for t in totals]).sum() if totals else None
 
@@ -258,7 +265,8 @@ class Graph:
         """Return the problems below `name` whose response its loss takes part in, lowest level first."""
         reads = self.reads[name].connected
         return [
-            other for other, level in sorted(self.level_of.items(), key=lambda item: item[1])
+            other
+            for other, level in sorted(self.level_of.items(), key=lambda item: item[1])
             if level < self.level_of[name] and other in reads and self.problems[other].responds
         ]
 
@@ -301,7 +309,8 @@ class Graph:
         for other in self.reads[problem.name].connected:
             if self.level_of[other] == level and self.problems[other].responds:
                 raise ValueError(
-                    f"problems {problem.name!r} and {other!r} are on one level, and the loss of {problem.name!r} depends on "
+                    f"problems {problem.name!r} and {other!r} are on one level, and the loss of {problem.name!r} "
+                    f"depends on "
                     f"{other!r}: which responds to which is not defined. Put them on levels of their own, read it as "
                     f"hg.detach(models.{other}), or give {other!r} detach=True."
                 )
@@ -312,12 +321,15 @@ class Graph:
                 if self.level_of[other] <= self.level_of[name] and self.problems[other].responds:
                     what = "a cycle" if other == name or name in self.reads[other].touched_by_start else "not above it"
                     raise ValueError(
-                        f"problem {name!r}: its start depends on {other!r}, which is {what}: a start may depend on problems "
+                        f"problem {name!r}: its start depends on {other!r}, which is {what}: a start may depend on "
+                        f"problems "
                         f"of higher levels only. Read it as hg.detach(models.{other}), or move {other!r} up."
                     )
             for other in reads.touched_by_start - {name}:
                 if name in self.reads[other].touched_by_start:
-                    raise ValueError(f"problems {name!r} and {other!r} begin at each other's values: a cycle through start.")
+                    raise ValueError(
+                        f"problems {name!r} and {other!r} begin at each other's values: a cycle through start."
+                    )
 
     def _validate_role(self, problem: Problem) -> None:
         name, level = problem.name, self.level_of[problem.name]
@@ -326,20 +338,26 @@ class Graph:
             for option, value in (("steps", problem.steps), ("every", problem.every)):
                 if value != 1:
                     raise ValueError(
-                        f"problem {name!r} is on the top level, so {option}={value} has no level above to refer to. Leave it "
+                        f"problem {name!r} is on the top level, so {option}={value} has no level above to refer to. "
+                        f"Leave it "
                         "1 and run the engine for more steps."
                     )
             if problem.data is None:
-                raise ValueError(f"problem {name!r} is on the top level and has no data: there is no level above to give it batches.")
+                raise ValueError(
+                    f"problem {name!r} is on the top level and has no data: there is no level above to give it batches."
+                )
             if problem.tasks is not None:
-                raise ValueError(f"problem {name!r} is on the top level; tasks={problem.tasks} needs a level above that reads it.")
+                raise ValueError(
+                    f"problem {name!r} is on the top level; tasks={problem.tasks} needs a level above that reads it."
+                )
         if level < top:
             readers = [p.name for p in self.problems.values() if name in self.reads[p.name].accessed]
             if not any(self.level_of[reader] > level for reader in readers):
                 if not any(self.problems[r].detach or problem.detach for r in readers):
                     above = [p.name for p in self.levels[level + 1]]
                     raise ValueError(
-                        f"problem {name!r} is read by no problem above it: the losses of {above} never touch models.{name}. Read "
+                        f"problem {name!r} is read by no problem above it: the losses of {above} never touch "
+                        f"models.{name}. Read "
                         f"it there, or leave {name!r} out."
                     )
         if level > 0:
@@ -348,8 +366,10 @@ class Graph:
                 return
             if not any(name in self.depends(other) for other in lower):
                 raise ValueError(
-                    f"problem {name!r} is on an upper level, but no problem below it ({lower}) depends on models.{name}: its "
-                    "hypergradient would have no indirect part. Read it in a lower loss, start or hyper, without detaching it, "
+                    f"problem {name!r} is on an upper level, but no problem below it ({lower}) depends on "
+                    f"models.{name}: its "
+                    "hypergradient would have no indirect part. Read it in a lower loss, start or hyper, without "
+                    "detaching it, "
                     "or train it apart."
                 )
 
@@ -374,21 +394,26 @@ class Graph:
         below = {p.name for p in self.levels[self.level_of[reader.name] - 1]}
         if len(set(counts.values())) > 1 or not set(counts) <= below:
             raise ValueError(
-                f"problem {reader.name!r}: the problems it differentiates through must all have the same number of tasks and be on "
+                f"problem {reader.name!r}: the problems it differentiates through must all have the same number of "
+                f"tasks and be on "
                 f"the level directly below it, got {counts}."
             )
         for other in counts:
             if self.below(other):
-                raise ValueError(f"problem {other!r} has tasks and levels below it; only a lowest level can have tasks.")
+                raise ValueError(
+                    f"problem {other!r} has tasks and levels below it; only a lowest level can have tasks."
+                )
 
     def _validate_method(self, reader: Problem, lower: Problem, method: Method, read: list[str]) -> None:
         kind = type(method).__name__
         chained = len(read) > 1 or any(
-            t != reader.name and self.level_of[t] < self.level_of[reader.name] for t in self.targets(lower.name, reader.name)
+            t != reader.name and self.level_of[t] < self.level_of[reader.name]
+            for t in self.targets(lower.name, reader.name)
         )
         if not isinstance(method, (ResponseMethod, Reptile)) and chained:
             raise ValueError(
-                f"problem {lower.name!r}: {kind} has no best response, so it cannot be chained, and {reader.name!r} needs one of "
+                f"problem {lower.name!r}: {kind} has no best response, so it cannot be chained, and {reader.name!r} "
+                f"needs one of "
                 f"{read}. Use hg.Implicit, hg.Unrolled or another method with a rule for {lower.name!r}."
             )
         if isinstance(method, Reptile):
@@ -404,8 +429,10 @@ class Graph:
             enough = isinstance(inner_method, ResponseMethod) and (inner_method.differentiable or method.perturbs)
             if not enough:
                 raise ValueError(
-                    f"problem {inner!r}: {type(inner_method).__name__} has no differentiable rule, and {lower.name!r} above it is "
-                    f"itself differentiated by {kind}, which needs one. Use hg.Unrolled or hg.Implicit for {inner!r}, or "
+                    f"problem {inner!r}: {type(inner_method).__name__} has no differentiable rule, and {lower.name!r} "
+                    f"above it is "
+                    f"itself differentiated by {kind}, which needs one. Use hg.Unrolled or hg.Implicit for {inner!r}, "
+                    f"or "
                     "Engine(partial_hessian=True), which holds it fixed in curvature and mixed partial."
                 )
 
@@ -415,8 +442,10 @@ class Graph:
         ignored = self.reads[lower.name].started - self.reads[lower.name].connected
         if ignored:
             raise ValueError(
-                f"problem {lower.name!r} begins at a function of {sorted(ignored)}, which {type(method).__name__} ignores, and its "
-                "loss does not read them: their hypergradient would be lost. Use hg.Unrolled (truncate=0 is first-order MAML) or "
+                f"problem {lower.name!r} begins at a function of {sorted(ignored)}, which {type(method).__name__} "
+                f"ignores, and its "
+                "loss does not read them: their hypergradient would be lost. Use hg.Unrolled (truncate=0 is "
+                "first-order MAML) or "
                 "hg.Reptile, or add a proximal term to the loss that reads them (iMAML)."
             )
 
@@ -442,4 +471,3 @@ def functional_composite(network: Network, loss: Composite, name: str) -> Compos
 def own(name: str, params: Mapping[str, Tensor]) -> Params:
     """Return `params` under the names that the network uses: "problem.parameter"."""
     return {f"{name}.{key}": value for key, value in params.items()}
-

@@ -68,9 +68,7 @@ class Matrix(Operator):
         if dense.ndim != 2 or dense.shape[0] != dense.shape[1]:
             raise ValueError(f"Matrix expects a square matrix, shape (n, n), got shape {tuple(dense.shape)}.")
         if not dense.is_floating_point():
-            raise ValueError(
-                f"Matrix expects floating-point entries, got {dense.dtype}. Convert it with .double()."
-            )
+            raise ValueError(f"Matrix expects floating-point entries, got {dense.dtype}. Convert it with .double().")
         self.dense = dense
         self.size = dense.shape[0]
         self.dtype = dense.dtype

@@ -1,4 +1,4 @@
-"""One optimization problem of a graph: a name, a module, a loss, an optimizer, data, and how others differentiate it."""
+"""One optimization problem of a graph: name, module, loss, optimizer, data, and how others differentiate it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from hypergrad._flat import Params
 from hypergrad._functional import arity
 from hypergrad.composite import Composite
-from hypergrad.methods import ForwardUnrolled, Method, Reptile, ResponseMethod, Unrolled
+from hypergrad.methods import ForwardUnrolled, Method, Reptile, Unrolled
 
 After = Literal["continue", "rollback", "restart"]
 ModelLoss = Callable[[Any, Any], Any]
@@ -26,17 +26,17 @@ _RESERVED = frozenset(dir(nn.Module())) | {"models", "problem"}
 class Problem:
     """A level's problem: minimize `loss` over the parameters that `optimizer` holds.
 
-    The module, the optimizer and the scheduler stay the user's: the engine trains them in place, as the same steps written
-    by hand would. The problem's variables are the parameters in the optimizer that require grad; all others of the module
-    are constants.
+    The module, the optimizer and the scheduler stay the user's: the engine trains them in place, as the same steps
+    written by hand would. The problem's variables are the parameters in the optimizer that require grad; all others of
+    the module are constants.
 
     Args:
         name: how losses read it, `models.<name>`; an identifier that `nn.Module` does not use.
         module: any `nn.Module`.
-        loss: (models, batch) -> scalar, or (scalar, dict of metrics), or a `Composite` of such functions. `models.<name>`
-            behaves as the named problem's module.
-        optimizer: any `torch.optim.Optimizer` over parameters of `module`. Methods that differentiate the run need one that
-            `hypergrad.optim.from_torch` knows.
+        loss: (models, batch) -> scalar, or (scalar, dict of metrics), or a `Composite` of such functions.
+            `models.<name>` behaves as the named problem's module.
+        optimizer: any `torch.optim.Optimizer` over parameters of `module`. Methods that differentiate the run need one
+            that `hypergrad.optim.from_torch` knows.
         data: any iterable of batches, run again when it ends; None for the batch of the level above.
         steps: own steps taken each time the level runs.
         every: the level runs before every n-th step of the level above.
@@ -88,12 +88,16 @@ class Problem:
     def __post_init__(self) -> None:
         """Validate everything that can be told from this problem alone."""
         if not isinstance(self.name, str) or not self.name.isidentifier():
-            raise ValueError(f"a problem's name must be an identifier, got {self.name!r}: losses read it as models.<name>.")
+            raise ValueError(
+                f"a problem's name must be an identifier, got {self.name!r}: losses read it as models.<name>."
+            )
         if self.name in _RESERVED:
             raise ValueError(f"the problem name {self.name!r} is reserved: nn.Module uses it. Choose another.")
         self._check(isinstance(self.module, nn.Module), "module", self.module, "an nn.Module")
         self._check(callable(self.loss), "loss", self.loss, "a function (models, batch) -> scalar")
-        self._check(isinstance(self.optimizer, torch.optim.Optimizer), "optimizer", self.optimizer, "a torch.optim.Optimizer")
+        self._check(
+            isinstance(self.optimizer, torch.optim.Optimizer), "optimizer", self.optimizer, "a torch.optim.Optimizer"
+        )
         for option in ("steps", "every"):
             value = getattr(self, option)
             self._check(isinstance(value, int) and value >= 1, option, value, "an int >= 1")
@@ -103,9 +107,14 @@ class Problem:
         for option in ("clip_norm", "clip_value"):
             value = getattr(self, option)
             self._check(value is None or value > 0, option, value, "None or > 0")
-        self._check(self.method is None or isinstance(self.method, Method), "method", self.method, "a hypergradient method")
         self._check(
-            self.after in (None, "continue", "rollback", "restart"), "after", self.after, "'continue', 'rollback' or 'restart'"
+            self.method is None or isinstance(self.method, Method), "method", self.method, "a hypergradient method"
+        )
+        self._check(
+            self.after in (None, "continue", "rollback", "restart"),
+            "after",
+            self.after,
+            "'continue', 'rollback' or 'restart'",
         )
         self._check(isinstance(self.hyper, Mapping), "hyper", self.hyper, "a dict of functions of models")
         self._check_data()
@@ -121,7 +130,8 @@ class Problem:
             return
         if isinstance(self.data, Mapping) or not isinstance(self.data, Iterable):
             raise ValueError(
-                f"problem {self.name!r}: data must be an iterable of batches, got {type(self.data).__name__}. For one batch "
+                f"problem {self.name!r}: data must be an iterable of batches, got {type(self.data).__name__}. For one "
+                f"batch "
                 "used at every step, pass [batch]."
             )
         if isinstance(self.data, Iterator):
@@ -135,25 +145,31 @@ class Problem:
             raise ValueError(f"problem {self.name!r}: chunk={self.chunk} applies to tasks, and tasks is None.")
         if self.select is not None and self.data is not None:
             raise ValueError(
-                f"problem {self.name!r}: select picks from the batch of the level above, but the problem has data of its own. "
+                f"problem {self.name!r}: select picks from the batch of the level above, but the problem has data of "
+                f"its own. "
                 "Leave one of them out."
             )
         if self.tasks is not None and self.after in ("continue", "rollback"):
             raise ValueError(
-                f"problem {self.name!r}: the copies of tasks={self.tasks} are discarded after each step of the level above, so "
+                f"problem {self.name!r}: the copies of tasks={self.tasks} are discarded after each step of the level "
+                f"above, so "
                 f"after={self.after!r} cannot be honoured. Leave it None."
             )
         if isinstance(self.method, (Unrolled, ForwardUnrolled)) and self.every > 1:
             raise ValueError(
                 f"problem {self.name!r}: every={self.every} lets the upper parameters move on while the run stays, so "
-                f"{type(self.method).__name__} would differentiate a run made with other upper parameters. Use every=1, or "
+                f"{type(self.method).__name__} would differentiate a run made with other upper parameters. Use "
+                f"every=1, or "
                 "hg.Implicit."
             )
         if isinstance(self.method, Reptile) and self.start is None:
-            raise ValueError(f"problem {self.name!r}: Reptile moves the level above towards the run's end; give start=.")
+            raise ValueError(
+                f"problem {self.name!r}: Reptile moves the level above towards the run's end; give start=."
+            )
         if isinstance(self.method, Unrolled) and self.method.truncate == 0 and self.start is None:
             raise ValueError(
-                f"problem {self.name!r}: Unrolled(truncate=0) differentiates no step, and without start= nothing else depends "
+                f"problem {self.name!r}: Unrolled(truncate=0) differentiates no step, and without start= nothing else "
+                f"depends "
                 "on the level above. Give start= (first-order MAML) or truncate at least one step."
             )
 
@@ -178,7 +194,8 @@ class Problem:
         foreign = [tuple(p.shape) for p in held if id(p) not in names]
         if foreign:
             raise ValueError(
-                f"problem {self.name!r}: the optimizer holds parameters that are not in the module, of shapes {foreign}. Build "
+                f"problem {self.name!r}: the optimizer holds parameters that are not in the module, of shapes "
+                f"{foreign}. Build "
                 "it from this module's parameters: optimizer(module.parameters(), ...)."
             )
         variables = {names[id(p)]: p for p in held if p.requires_grad}
@@ -212,9 +229,12 @@ def loss_value(loss: ModelLoss | Composite, models: Any, batch: Any, name: str) 
             raise ValueError(f"the loss of problem {name!r} returned a tuple; it must be (scalar, dict of metrics).")
         value, metrics = value[0], dict(value[1])
     if not isinstance(value, Tensor) or value.dim() != 0 or not value.is_floating_point():
-        found = f"shape {tuple(value.shape)}, dtype {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+        found = (
+            f"shape {tuple(value.shape)}, dtype {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+        )
         raise ValueError(
-            f"the loss of problem {name!r} must return a scalar floating-point Tensor, or (scalar, dict of metrics), got "
+            f"the loss of problem {name!r} must return a scalar floating-point Tensor, or (scalar, dict of metrics), "
+            f"got "
             f"{found}. Reduce it with .mean() or .sum()."
         )
     return value, metrics

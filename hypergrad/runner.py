@@ -14,8 +14,8 @@ from torch import Tensor
 from hypergrad._flat import Layout, Params
 from hypergrad._functional import Loss, RandomState, random_state, restore_random_state, second_order
 from hypergrad.composite import Composite
-from hypergrad.history import Record
 from hypergrad.graph import Graph, Network, functional_composite, own
+from hypergrad.history import Record
 from hypergrad.methods import Method, ResponseMethod, best_response
 from hypergrad.optim import Bound, from_torch, read_options, read_state
 from hypergrad.problem import Problem, loss_value
@@ -66,7 +66,8 @@ class Source:
             self.drawn += 1
             return batch
         raise ValueError(
-            f"problem {self.problem.name!r}: its data yields no batch. Pass an iterable that is not empty and that can be "
+            f"problem {self.problem.name!r}: its data yields no batch. Pass an iterable that is not empty and that can "
+            f"be "
             "iterated again."
         )
 
@@ -231,7 +232,8 @@ class Runner:
         missing = [key for key in self.variables if key not in values]
         if missing:
             raise ValueError(
-                f"problem {self.name!r}: the result of start lacks {missing}; it must be keyed like the module's parameters, "
+                f"problem {self.name!r}: the result of start lacks {missing}; it must be keyed like the module's "
+                f"parameters, "
                 f"{list(self.variables)}."
             )
         for key, parameter in self.variables.items():
@@ -279,7 +281,7 @@ class Runner:
     # --- one step ----------------------------------------------------------------------------------------------------
 
     def partials(self, batch: Any, read: Sequence[Runner], record: Record) -> tuple[Tensor, dict[str, Params]]:
-        """Return the loss at the modules' present values, and its partial derivatives for this problem and those `read`.
+        """Return the loss at the modules' present values, and its partial derivatives here and for those `read`.
 
         A problem of whose variables the loss uses none is left out. Only this problem's buffers change.
         """
@@ -308,7 +310,9 @@ class Runner:
             lambda models: loss_value(self.problem.loss, models, batch, self.name), overrides, owner=self.name
         )
         if not value.requires_grad:
-            raise ValueError(f"problem {self.name!r}: its loss carries no gradient; do not detach it or compute it under no_grad.")
+            raise ValueError(
+                f"problem {self.name!r}: its loss carries no gradient; do not detach it or compute it under no_grad."
+            )
         return value, metrics
 
     def _taped_partials(self, step: Step, batch: Any) -> tuple[Tensor, dict[str, Any], dict[str, Params]]:
@@ -330,7 +334,7 @@ class Runner:
         return value, parts[self.name]
 
     def apply(self, grad: Params, again: Callable[[], tuple[Tensor, Params]]) -> None:
-        """Step the optimizer along `grad`, with clipping, projection and schedulers; missing entries have no gradient."""
+        """Step the optimizer along `grad`, with clipping, projection, schedulers; a missing entry has no gradient."""
         problem, optimizer = self.problem, self.problem.optimizer
         optimizer.zero_grad()
         self._set_grads(grad)
@@ -424,7 +428,11 @@ class Runner:
         window = self.window
         if self.fresh:
             window = [*window[:-1], *(replace(window[-1], batch=batch) for batch in self.fresh)]
-        states = () if self.opaque or not window else read_state(self.problem.optimizer, window[-1].recipe.optimizer, self.used)
+        states = (
+            ()
+            if self.opaque or not window
+            else read_state(self.problem.optimizer, window[-1].recipe.optimizer, self.used)
+        )
         return Trajectory(
             layout=self.layout,
             end_flat=end,
@@ -445,9 +453,12 @@ def _options(optimizer: torch.optim.Optimizer, values: Mapping[str, Any], name: 
     found = [dict(group) for group in optimizer.param_groups]
     for option, value in values.items():
         per_group = list(value) if isinstance(value, (list, tuple)) else [value] * len(found)
-        if len(per_group) != len(found) or any(isinstance(v, Mapping) or (isinstance(v, Tensor) and v.dim()) for v in per_group):
+        if len(per_group) != len(found) or any(
+            isinstance(v, Mapping) or (isinstance(v, Tensor) and v.dim()) for v in per_group
+        ):
             raise ValueError(
-                f"problem {name!r}: hyper[{option!r}] must return a scalar, or one per param group; a torch optimizer takes no "
+                f"problem {name!r}: hyper[{option!r}] must return a scalar, or one per param group; a torch optimizer "
+                f"takes no "
                 "value per parameter. Use tasks=, or hg.descend(hyper=...)."
             )
         for group, v in zip(optimizer.param_groups, per_group, strict=True):

@@ -53,7 +53,9 @@ class Responding:
         chosen = [name for name in whole.names if any(name.startswith(prefix) for prefix in over)]
         unmatched = [prefix for prefix in over if not any(name.startswith(prefix) for name in whole.names)]
         if unmatched:
-            raise ValueError(f"over={list(over)}: no lower parameter begins with {unmatched}; they are {list(whole.names)}.")
+            raise ValueError(
+                f"over={list(over)}: no lower parameter begins with {unmatched}; they are {list(whole.names)}."
+            )
         params = whole.unravel(trajectory.end_flat)
         constants = {name: p for name, p in params.items() if name not in chosen}
         return Responding(Layout.of(params, names=chosen), whole, constants)
@@ -179,7 +181,8 @@ def _samples(trajectory: Trajectory, batches: int) -> list[Sample]:
     samples = trajectory.samples(batches)
     if len(samples) < batches:
         raise ValueError(
-            f"batches={batches} were to be averaged, but the run has {len(samples)}. Lower batches, or take more lower steps."
+            f"batches={batches} were to be averaged, but the run has {len(samples)}. Lower batches, or take more lower "
+            f"steps."
         )
     return samples
 

@@ -29,7 +29,12 @@ OneTask = Callable[[Params, Params, Any, Any], Outcome]
 
 
 def run_tasks(
-    network: Network, top: Runner, members: Sequence[Runner], batch: Any, lower_batches: dict[str, list[Any]], chunk: int | None
+    network: Network,
+    top: Runner,
+    members: Sequence[Runner],
+    batch: Any,
+    lower_batches: dict[str, list[Any]],
+    chunk: int | None,
 ) -> tuple[Outcome, int]:
     """Return the averaged outcome of all tasks, and the chunk size used (measured once, if `chunk` is None).
 
@@ -70,11 +75,15 @@ def _one_task(network: Network, top: Runner, members: Sequence[Runner]) -> OneTa
             overrides = u | buffers
             for name, record in records.items():
                 overrides = overrides | own(name, record.named(at[name]))
-            value, metrics = network.call(lambda models: loss_value(top.problem.loss, models, batch, top.name), overrides)
+            value, metrics = network.call(
+                lambda models: loss_value(top.problem.loss, models, batch, top.name), overrides
+            )
             tensors = {k: torch.as_tensor(m, device=value.device).detach() for k, m in metrics.items()}
             return value, tensors
 
-        (cotangents, grad), (value, metrics) = torch.func.grad_and_value(upper_loss, argnums=(0, 1), has_aux=True)(flats, upper)
+        (cotangents, grad), (value, metrics) = torch.func.grad_and_value(upper_loss, argnums=(0, 1), has_aux=True)(
+            flats, upper
+        )
         code = Result.SUCCESS.tensor(value.device)
         for member in members:
             method = member.problem.method
@@ -88,8 +97,12 @@ def _one_task(network: Network, top: Runner, members: Sequence[Runner]) -> OneTa
                 pulled = method.vjp(record, upper, cotangents[member.name])
                 grad = add(grad, pulled.grad)
             else:
-                name = member.name
-                pulled = method.total(lambda w, u, _: upper_loss({name: record.layout.ravel(w)}, u)[0], record, upper, batch, None)
+
+                def loss_of_end(lower: Params, u: Params, _: Any, record: Trajectory = record) -> Tensor:
+                    (name,) = records
+                    return upper_loss({name: record.layout.ravel(lower)}, u)[0]
+
+                pulled = method.total(loss_of_end, record, upper, batch, None)
                 grad = pulled.grad
             if pulled.result is not None:
                 code = torch.maximum(code, pulled.result)
@@ -104,7 +117,8 @@ def _descend(network: Network, member: Runner, upper: Params, constants: Params,
 
     def loss(lower: Params, u: Params, batch: Any) -> Tensor:
         value: Tensor = network.call(
-            lambda models: loss_value(problem.loss, models, batch, problem.name)[0], own(problem.name, lower) | u | constants
+            lambda models: loss_value(problem.loss, models, batch, problem.name)[0],
+            own(problem.name, lower) | u | constants,
         )
         return value
 
@@ -168,7 +182,8 @@ def _fastest(run: Callable[[int], Outcome], count: int, top: Runner) -> int:
             if chunk == 1:
                 raise
             warnings.warn(
-                f"problem {top.name!r}: its tasks cannot run under vmap ({error}); they run one after the other (chunk=1).",
+                f"problem {top.name!r}: its tasks cannot run under vmap ({error}); they run one after the other "
+                f"(chunk=1).",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -193,7 +208,7 @@ def _check_leading(runner: Runner, content: Any, count: int) -> None:
     for leaf in pytree.tree_leaves(content):
         if isinstance(leaf, Tensor) and (leaf.dim() == 0 or leaf.shape[0] != count):
             raise ValueError(
-                f"problem {runner.name!r}: a tensor in its batch has shape {tuple(leaf.shape)}; with tasks={count} every tensor "
+                f"problem {runner.name!r}: a tensor in its batch has shape {tuple(leaf.shape)}; with tasks={count} "
+                f"every tensor "
                 f"of a batch must lead with {count}, one slice per task."
             )
-

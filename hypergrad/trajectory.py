@@ -25,10 +25,10 @@ from hypergrad._functional import (
     named,
     random_state,
     replaying,
-    restore_random_state,
     scalar,
     second_order,
     untouched,
+    vjp,
 )
 from hypergrad.optim import Bound, Optimizer, State, bind, clip_norm, clip_value
 
@@ -120,7 +120,10 @@ class Step:
         tensors = [t.detach().requires_grad_() for t in state_tensors(states)]
         with torch.enable_grad(), second_order():
             if self.taped is None or self.leaves is None:
-                leaf, leaves = flat.detach().requires_grad_(), {n: u.detach().requires_grad_() for n, u in upper.items()}
+                leaf, leaves = (
+                    flat.detach().requires_grad_(),
+                    {n: u.detach().requires_grad_() for n, u in upper.items()},
+                )
                 grad = self.gradient(leaf, leaves, create_graph=True)
             else:
                 (leaf, leaves), grad = self.leaves, self.taped
@@ -131,7 +134,9 @@ class Step:
         pulled = explained_grad(
             [out for out, _ in outcomes], inputs, [b for _, b in outcomes], retain_graph=self.taped is not None
         )
-        known = [torch.zeros_like(x) if p is None else p for x, p in zip(inputs[: 1 + len(tensors)], pulled, strict=False)]
+        known = [
+            torch.zeros_like(x) if p is None else p for x, p in zip(inputs[: 1 + len(tensors)], pulled, strict=False)
+        ]
         return known[0], _with_tensors(states, known[1:]), named(leaves, pulled[1 + len(tensors) :])
 
     def linear(self, flat: Tensor, states: States, upper: Params) -> Callable[..., tuple[Tensor, list[Tensor]]]:
@@ -147,9 +152,9 @@ class Step:
         tensors = state_tensors(states)
         if in_transform():
             with second_order():
-                outcome, pullback = torch.func.vjp(step, flat, tensors, upper)
+                outcome, pullback = vjp(step, flat, tensors, upper)
                 zeros = (torch.zeros_like(outcome[0]), [torch.zeros_like(t) for t in outcome[1]])
-                _, push = torch.func.vjp(lambda bar, bars: pullback((bar, bars)), *zeros)
+                _, push = vjp(lambda bar, bars: pullback((bar, bars)), *zeros)
             return lambda w_dot, s_dot, u_dot: push((w_dot, s_dot, u_dot))
         leaf, *rest = [t.detach().requires_grad_() for t in (flat, *tensors, *upper.values())]
         with torch.enable_grad(), second_order():
@@ -182,7 +187,7 @@ class Step:
             return new, state_tensors(new_states)
 
         with second_order():
-            _, pullback = torch.func.vjp(step, flat, state_tensors(states), upper)
+            _, pullback = vjp(step, flat, state_tensors(states), upper)
         flat_bar, tensors_bar, upper_bar = pullback((bar, state_tensors(state_bars)))
         return flat_bar, _with_tensors(states, tensors_bar), upper_bar
 
@@ -269,7 +274,8 @@ class Trajectory:
             begin = next((k for k in range(stop - 1, -1, -1) if self.steps[k].flat is not None), None)
             if begin is None:
                 raise ValueError(
-                    f"the record of this run was thinned and does not reach back to step {first}. Record it for the method "
+                    f"the record of this run was thinned and does not reach back to step {first}. Record it for the "
+                    f"method "
                     "that reads it: descend(..., recording=method.recording(num_steps))."
                 )
             begins = [self._began(begin)]
@@ -326,9 +332,9 @@ def descend(
     response: Loss | None = None,
     recording: Recording | None = None,
 ) -> Trajectory:
-    """Return the record of an optimizer's run on the lower loss, one step a batch.
+    r"""Return the record of an optimizer's run on the lower loss, one step a batch.
 
-    .. math:: (w_{k+1}, s_{k+1}) = \\Phi(w_k, s_k, \\nabla_w L(w_k, u; b_k)), \\qquad k = 0 \\dots K-1
+    .. math:: (w_{k+1}, s_{k+1}) = \Phi(w_k, s_k, \nabla_w L(w_k, u; b_k)), \qquad k = 0 \dots K-1
 
     with lower parameters w, upper parameters u, optimizer states s and batches b. Nothing is taped while it runs: one
     gradient of `lower_loss` a step, and K references to parameters and states are kept (see `recording`). The caller's
@@ -346,8 +352,8 @@ def descend(
             `fn(upper, step)` returns a scalar, or a dict with one tensor for each lower parameter.
         start: function of the upper parameters that returns the lower parameters at which the run begins, instead of
             `lower`, which then gives names and shapes only; hypergradients flow through it.
-        clip_norm, clip_value: bounds on the gradient of each step, as `torch.nn.utils.clip_grad_norm_` and
-            `clip_grad_value_` apply them.
+        clip_norm: bound on the norm of each step's gradient, as `torch.nn.utils.clip_grad_norm_` applies it.
+        clip_value: bound on its entries, as `clip_grad_value_` applies it.
         project: function of the parameters applied after each step (simplex, box).
         response: a loss used instead of `lower_loss` by implicit methods, in curvature and mixed partial alike.
         recording: which states the record keeps (default: every step's); `method.recording(num_steps)` asks for just

@@ -14,6 +14,7 @@ class Runnable(Protocol):
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything needed to go on later."""
+        ...
 
 
 class Callback:

@@ -23,7 +23,8 @@ def check_run(method: Method, trajectory: Trajectory, why: str) -> None:
     """Raise a ValueError unless the lower solution is the end of a recorded run."""
     if not trajectory.steps:
         raise ValueError(
-            f"{type(method).__name__} {why}, but this lower solution came from elsewhere (solved or solved_root). Record a "
+            f"{type(method).__name__} {why}, but this lower solution came from elsewhere (solved or solved_root). "
+            f"Record a "
             "run with hg.descend(...), or use hg.Implicit, which needs the solution only."
         )
 
@@ -54,19 +55,22 @@ def check_fixed_point(
     unmoved = sorted(set(recipe.hyper) - {"weight_decay"})
     if unmoved and _depends_on_upper(recipe.hyper_values, unmoved, upper, last.index):
         raise ValueError(
-            f"{name}: the optimizer's {unmoved} as a function of the upper parameters does not move the fixed point of the "
+            f"{name}: the optimizer's {unmoved} as a function of the upper parameters does not move the fixed point of "
+            f"the "
             "lower level, so its derivative here would be zero. Use hg.Unrolled or hg.ForwardUnrolled."
         )
     if decoupled == "refuse" and recipe.optimizer.is_decoupled():
         raise ValueError(
-            f"{name}: the lower optimizer has decoupled weight decay (AdamW), whose fixed point depends on the optimizer's "
-            "preconditioner. Use coupled decay (Adam with weight_decay, or a penalty in the loss), hg.Unrolled, or pass "
+            f"{name}: the lower optimizer has decoupled weight decay (AdamW), whose fixed point depends on the "
+            f"optimizer's "
+            "preconditioner. Use coupled decay (Adam with weight_decay, or a penalty in the loss), hg.Unrolled, or "
+            "pass "
             "decoupled='ignore' to leave the decay out."
         )
 
 
 def check_start(method: Method, trajectory: Trajectory, grad: Params) -> None:
-    """Raise a ValueError if the run began at a function of `upper` that the method ignores and the loss does not read."""
+    """Raise a ValueError if the run began at a function of `upper` that the method ignores and the loss reads not."""
     if trajectory.start is not None and not grad:
         raise ValueError(
             f"{type(method).__name__} ignores where the lower run begins, and the lower loss does not read the upper "
@@ -80,10 +84,13 @@ def check_initial(method: Method, state: Tensor | None, like: Tensor, *, warm_st
     if state is None:
         return
     if not warm_start:
-        raise ValueError(f"{type(method).__name__}: state was given, but warm_start is False. Construct it with warm_start=True.")
+        raise ValueError(
+            f"{type(method).__name__}: state was given, but warm_start is False. Construct it with warm_start=True."
+        )
     if state.shape != like.shape:
         raise ValueError(
-            f"{type(method).__name__}: state has shape {tuple(state.shape)}, this solve needs {tuple(like.shape)}. Pass the "
+            f"{type(method).__name__}: state has shape {tuple(state.shape)}, this solve needs {tuple(like.shape)}. "
+            f"Pass the "
             "h.state of a call on the same lower parameters, or None."
         )
 
@@ -91,7 +98,9 @@ def check_initial(method: Method, state: Tensor | None, like: Tensor, *, warm_st
 def refuse_state(method: Method, state: Tensor | None) -> None:
     """Raise a ValueError if a warm start was given to a method that keeps none."""
     if state is not None:
-        raise ValueError(f"{type(method).__name__} solves nothing iteratively and takes no warm start: pass state=None.")
+        raise ValueError(
+            f"{type(method).__name__} solves nothing iteratively and takes no warm start: pass state=None."
+        )
 
 
 def _depends_on_upper(hyper_values: Any, names: list[str], upper: Params, index: int) -> bool:

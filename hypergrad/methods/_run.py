@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hypergrad._flat import Params
-from hypergrad._functional import add, in_transform, named, replaying, scalar, upper_gradient
+from hypergrad._functional import add, in_transform, named, replaying, scalar, upper_gradient, vjp
 from hypergrad.methods._refusals import check_run
 from hypergrad.methods.base import Method
 from hypergrad.trajectory import Trajectory
@@ -34,7 +34,7 @@ def loss_gradient(trajectory: Trajectory, flat: Tensor, upper: Params) -> Params
 
 
 def objective(trajectory: Trajectory, flat: Tensor, upper: Params) -> Tensor:
-    """Return what the lower level minimizes at `flat`: its loss (negated under `maximize`) plus coupled weight decay."""
+    """Return what the lower level minimizes: its loss (negated under `maximize`) plus coupled weight decay."""
     loss = trajectory.response or trajectory.loss
     assert loss is not None
     ((batch, random),) = trajectory.samples(1)
@@ -47,7 +47,8 @@ def objective(trajectory: Trajectory, flat: Tensor, upper: Params) -> Tensor:
     sign = bound.sign()
     if isinstance(sign, Tensor):
         raise ValueError(
-            "Penalty: some parameter groups of the lower optimizer maximize and others minimize, so the lower level has no "
+            "Penalty: some parameter groups of the lower optimizer maximize and others minimize, so the lower level "
+            "has no "
             "single objective to penalize. Use hg.Implicit."
         )
     decay = bound.decay(last.recipe.hyper_values(upper, last.index)).coupled
@@ -55,7 +56,7 @@ def objective(trajectory: Trajectory, flat: Tensor, upper: Params) -> Tensor:
 
 
 def decay_gradient(trajectory: Trajectory, upper: Params, direction: Tensor) -> Params:
-    """Return the derivative in `upper` of <weight decay * lower, direction>, where the decay is a function of `upper`."""
+    """Return the derivative in `upper` of <weight decay * lower, direction>, if the decay is a function of `upper`."""
     if not trajectory.steps or "weight_decay" not in trajectory.steps[-1].recipe.hyper:
         return {}
     last = trajectory.steps[-1]
@@ -94,7 +95,7 @@ def run_start(trajectory: Trajectory, upper: Params) -> Tensor:
 def pull_start(trajectory: Trajectory, upper: Params, cotangent: Tensor) -> Params:
     """Return the cotangent of `upper` from one of the run's start."""
     if in_transform():
-        _, pullback = torch.func.vjp(lambda u: run_start(trajectory, u), upper)
+        _, pullback = vjp(lambda u: run_start(trajectory, u), upper)
         pulled: Params = pullback(cotangent)[0]
         return pulled
     with torch.enable_grad():

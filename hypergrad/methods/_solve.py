@@ -16,10 +16,10 @@ OperatorAt = Callable[[Tensor, Params], Operator]
 
 
 def differentiable_solve(solver: Solver, operator_at: OperatorAt, lower: Tensor, upper: Params, b: Tensor) -> Tensor:
-    """Return x with A(lower, upper) x = b, differentiable in all three.
+    r"""Return x with A(lower, upper) x = b, differentiable in all three.
 
-    .. math:: dx = A^{-1} (db - dA\\, x): \\qquad \\bar b = A^{-T} \\bar x, \\qquad
-        \\overline{(w, u)} = -\\partial_{(w, u)} \\langle \\bar b, A(w, u) x \\rangle
+    .. math:: dx = A^{-1} (db - dA\, x): \qquad \bar b = A^{-T} \bar x, \qquad
+        \overline{(w, u)} = -\partial_{(w, u)} \langle \bar b, A(w, u) x \rangle
 
     Every derivative costs one solve with the transpose and one derivative of a product. Solves start from zero.
 

@@ -1,14 +1,14 @@
 """What a hypergradient method is.
 
-A `ResponseMethod` is a VJP rule for the best response upper -> lower*(upper): given a cotangent of the lower solution it
-returns one of the upper parameters. Rules chain along a graph of levels. A method without such a rule implements the
+A `ResponseMethod` is a VJP rule for the best response upper -> lower*(upper): given a cotangent of the lower solution
+it returns one of the upper parameters. Rules chain along a graph of levels. A method without such a rule implements the
 wider `Method` alone: d(upper loss)/d(upper), whole.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -48,7 +48,7 @@ class Total(Pulled):
 
 
 class Method(ABC):
-    """d(upper loss)/d(upter) given the record of a lower run."""
+    """d(upper loss)/d(upper) given the record of a lower run."""
 
     differentiable: ClassVar[bool] = False
     """Whether the rule can itself be differentiated, as a level with levels below needs."""
@@ -93,7 +93,8 @@ class ResponseMethod(Method):
     def differentiable_vjp(self, trajectory: Trajectory, end: Tensor, upper: Params, cotangent: Tensor) -> Params:  # noqa: ARG002
         """Return the same cotangent as a differentiable function of `end`, `upper` and `cotangent`."""
         raise ValueError(
-            f"{type(self).__name__} has no differentiable rule, which second derivatives through the best response need. "
+            f"{type(self).__name__} has no differentiable rule, which second derivatives through the best response "
+            f"need. "
             "Use hg.Unrolled or hg.Implicit for that level, or Engine(partial_hessian=True)."
         )
 
@@ -112,9 +113,7 @@ class ResponseMethod(Method):
         return Total(grad, pulled.result, pulled.stats, pulled.state, value)
 
 
-def partials(
-    upper_loss: UpperLoss, trajectory: Trajectory, upper: Params, batch: Any
-) -> tuple[Tensor, Tensor, Params]:
+def partials(upper_loss: UpperLoss, trajectory: Trajectory, upper: Params, batch: Any) -> tuple[Tensor, Tensor, Params]:
     """Return the upper loss at the lower solution, and its partial derivatives in the flat lower and in `upper`."""
 
     def loss(flat: Tensor, u: Params) -> Tensor:
@@ -129,13 +128,13 @@ def partials(
         value = loss(flat, leaves)
         if not value.requires_grad:
             raise ValueError(
-                "the upper loss depends neither on the lower nor on the upper parameters it receives: its value carries "
+                "the upper loss depends neither on the lower nor on the upper parameters it receives: its value "
+                "carries "
                 "no gradient. Compute it from its arguments, without .detach(), .item() or torch.no_grad()."
             )
-        cotangent, *direct_list = torch.autograd.grad(value, [flat, *leaves.values()], allow_unused=True)
-    if cotangent is None:
-        cotangent = torch.zeros_like(flat)
-    return value.detach(), cotangent, named(leaves, direct_list)
+        grads: Sequence[Tensor | None] = torch.autograd.grad(value, [flat, *leaves.values()], allow_unused=True)
+    cotangent = torch.zeros_like(flat) if grads[0] is None else grads[0]
+    return value.detach(), cotangent, named(leaves, grads[1:])
 
 
 def _sum(like: Tensor, first: Tensor | None, second: Tensor | None) -> Tensor:

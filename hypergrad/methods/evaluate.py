@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from hypergrad._flat import Params, as_params, check_params
-from hypergrad._functional import in_transform, untouched
+from hypergrad._functional import in_transform, untouched, vjp
 from hypergrad._result import Result, SolveError, Stats
 from hypergrad.methods.base import Method, ResponseMethod, UpperLoss, finite_code
 from hypergrad.trajectory import Trajectory
@@ -58,9 +58,9 @@ def hypergradient(
     state: Tensor | None = None,
     throw: bool = True,
 ) -> Hypergradient:
-    """Return the derivative of an upper loss whose lower parameters respond to the upper ones.
+    r"""Return the derivative of an upper loss whose lower parameters respond to the upper ones.
 
-    .. math:: \\frac{d}{du} f(w^*(u), u) = \\partial_u f + \\Big(\\frac{dw^*}{du}\\Big)^T \\partial_w f
+    .. math:: \frac{d}{du} f(w^*(u), u) = \partial_u f + \Big(\frac{dw^*}{du}\Big)^T \partial_w f
 
     with upper loss f, upper parameters u and lower solution w*. The direct term costs one gradient of the upper loss;
     what the second one costs, and where it is biased, is the method's choice.
@@ -106,9 +106,7 @@ def hypergradient(
     return Hypergradient(grad, total.value, total.stats, read(code) if throw else code, total.state)
 
 
-def best_response(
-    traj: Trajectory, upper: Mapping[str, Tensor], *, method: Method, throw: bool = True
-) -> Params:
+def best_response(traj: Trajectory, upper: Mapping[str, Tensor], *, method: Method, throw: bool = True) -> Params:
     """Return the lower solution as a differentiable function of `upper`: `.backward()` reaches `upper` by the method.
 
     The value is `traj.end`; the derivative is the method's rule. Second derivatives work for methods whose rule is
@@ -137,7 +135,8 @@ def best_response(
     check_arguments(traj, upper, method)
     if not isinstance(method, ResponseMethod):
         raise ValueError(
-            f"{type(method).__name__} has no best response: it yields d(upper loss)/d(upper) only. Use hg.hypergradient, "
+            f"{type(method).__name__} has no best response: it yields d(upper loss)/d(upper) only. Use "
+            f"hg.hypergradient, "
             "or a method with a rule such as hg.Implicit or hg.Unrolled."
         )
     names = tuple(upper)
@@ -189,19 +188,23 @@ class _BestResponseWithPush(_BestResponse):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
         end, *upper = ctx.saved_tensors
-        _, push = torch.func.vjp(lambda c: tuple(ctx.rule(end, upper, c)), torch.zeros_like(end))
-        pushed: Tensor = push(tuple(torch.zeros_like(u) if t is None else t for u, t in zip(upper, tangents[2:])))[0]
+        _, push = vjp(lambda c: tuple(ctx.rule(end, upper, c)), torch.zeros_like(end))
+        pushed: Tensor = push(
+            tuple(torch.zeros_like(u) if t is None else t for u, t in zip(upper, tangents[2:], strict=True))
+        )[0]
         return pushed
 
 
-def check_arguments(traj: Trajectory, upper: Mapping[str, Tensor], method: Method) -> None:
+def check_arguments(traj: object, upper: Mapping[str, Tensor], method: object) -> None:
     """Raise a ValueError for arguments of the wrong kind."""
     if not isinstance(traj, Trajectory):
-        raise ValueError(
-            f"traj must come from hg.descend, hg.solved or hg.solved_root, got {type(traj).__name__}."
-        )
+        raise ValueError(f"traj must come from hg.descend, hg.solved or hg.solved_root, got {type(traj).__name__}.")
     if not isinstance(method, Method):
-        hint = f" Create it: {method.__name__}(...)." if isinstance(method, type) else " Wrap a solver: hg.Implicit(solver)."
+        hint = (
+            f" Create it: {method.__name__}(...)."
+            if isinstance(method, type)
+            else " Wrap a solver: hg.Implicit(solver)."
+        )
         raise ValueError(f"method must be a hypergradient method, got {method!r}.{hint}")
     check_params(upper, "upper")
 

@@ -18,15 +18,16 @@ from hypergrad.trajectory import Recording, Trajectory
 
 @dataclass(frozen=True)
 class FiniteDifference(ResponseMethod):
-    """`OneStep` without second derivatives: its mixed product by a central difference.
+    r"""`OneStep` without second derivatives: its mixed product by a central difference.
 
-    .. math:: \\Big(\\frac{dw^*}{du}\\Big)^T v \\approx -\\eta \\lVert v \\rVert
-        \\frac{\\nabla_u L(w_K + \\epsilon \\hat v, u) - \\nabla_u L(w_K - \\epsilon \\hat v, u)}{2 \\epsilon},
-        \\qquad \\hat v = v / \\lVert v \\rVert
+    .. math:: \Big(\frac{dw^*}{du}\Big)^T v \approx -\eta \lVert v \rVert
+        \frac{\nabla_u L(w_K + \epsilon \hat v, u) - \nabla_u L(w_K - \epsilon \hat v, u)}{2 \epsilon},
+        \qquad \hat v = v / \lVert v \rVert
 
-    with lower loss L and step size eta. All terms are taken at the end of the run, w_K, with the batch and random draws of
-    its last step, the same for both ends. It converges to `OneStep` as epsilon^2, until rounding takes over (about 1e-3 in
-    float32, 1e-6 in float64 times the scale of w), and inherits its bias: the inverse Hessian is taken to be eta I.
+    with lower loss L and step size eta. All terms are taken at the end of the run, w_K, with the batch and random draws
+    of its last step, the same for both ends. It converges to `OneStep` as epsilon^2, until rounding takes over (about
+    1e-3 in float32, 1e-6 in float64 times the scale of w), and inherits its bias: the inverse Hessian is taken to be
+    eta I.
 
     Cost: two gradients of the lower loss in `upper`; no second derivative, no tape of one.
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from hypergrad._flat import Params
 from hypergrad._result import Stats
 from hypergrad.methods._refusals import check_fixed_point, check_initial, check_option, check_start
-from hypergrad.methods.base import Pulled, ResponseMethod
 from hypergrad.methods._solve import differentiable_solve
+from hypergrad.methods.base import Pulled, ResponseMethod
 from hypergrad.operators import Damped
 from hypergrad.solvers import CG, SecondMoment, Solver
 from hypergrad.stationarity import Curvature, linearize
@@ -21,17 +21,18 @@ from hypergrad.trajectory import Recording, Trajectory
 
 @dataclass(frozen=True)
 class Implicit(ResponseMethod):
-    """The implicit-function theorem, with any linear solver.
+    r"""The implicit-function theorem, with any linear solver.
 
-    .. math:: F(w^*(u), u) = 0 \\;\\Rightarrow\\;
-        \\Big(\\frac{dw^*}{du}\\Big)^T v = -(\\partial_u F)^T x, \\qquad (\\partial_w F + \\delta I)^T x = v
+    .. math:: F(w^*(u), u) = 0 \;\Rightarrow\;
+        \Big(\frac{dw^*}{du}\Big)^T v = -(\partial_u F)^T x, \qquad (\partial_w F + \delta I)^T x = v
 
     F is the gradient of the lower loss in w, plus coupled weight decay times w, negated under `maximize`: the
     stationarity condition of loss *and* optimizer; or the caller's F of `solved_root`. v is the cotangent, delta the
     damping. Exact if w* is a stationary point with invertible dF/dw and the solve is; the error is otherwise
     proportional to the norm of F at the end of the run (`stats.stationarity`) and to `stats.residual_norm`.
 
-    Cost: one gradient of the lower loss, one product per step of the solver, one mixed product. Memory: one taped gradient.
+    Cost: one gradient of the lower loss, one product per step of the solver, one mixed product. Memory: one taped
+    gradient.
 
     Args:
         solver: `CG`, `Neumann`, `Nystrom`, `MINRES`, `GMRES`, `Exact`, `SciPy` or your own `Solver`.
@@ -69,17 +70,27 @@ class Implicit(ResponseMethod):
     def __post_init__(self) -> None:
         """Validate the options."""
         check_option(isinstance(self.solver, Solver), "Implicit", "solver", self.solver, "a solver such as hg.CG(10)")
-        check_option(isinstance(self.damping, Tensor) or self.damping >= 0, "Implicit", "damping", self.damping, ">= 0")
+        check_option(self.damping >= 0, "Implicit", "damping", self.damping, ">= 0")
         check_option(
-            self.curvature in ("hessian", "gauss_newton"), "Implicit", "curvature", self.curvature,
+            self.curvature in ("hessian", "gauss_newton"),
+            "Implicit",
+            "curvature",
+            self.curvature,
             "'hessian' or 'gauss_newton'",
         )
-        check_option(isinstance(self.batches, int) and self.batches >= 1, "Implicit", "batches", self.batches, "an int >= 1")
-        check_option(self.decoupled in ("refuse", "ignore"), "Implicit", "decoupled", self.decoupled, "'refuse' or 'ignore'")
-        check_option(not isinstance(self.over, str), "Implicit", "over", self.over, "a sequence of prefixes: ['backbone.']")
+        check_option(
+            isinstance(self.batches, int) and self.batches >= 1, "Implicit", "batches", self.batches, "an int >= 1"
+        )
+        check_option(
+            self.decoupled in ("refuse", "ignore"), "Implicit", "decoupled", self.decoupled, "'refuse' or 'ignore'"
+        )
+        check_option(
+            not isinstance(self.over, str), "Implicit", "over", self.over, "a sequence of prefixes: ['backbone.']"
+        )
         if self.warm_start and not self.solver.uses_initial:
             raise ValueError(
-                f"Implicit: warm_start=True has no effect with {type(self.solver).__name__}, which solves from scratch. "
+                f"Implicit: warm_start=True has no effect with {type(self.solver).__name__}, which solves from "
+                f"scratch. "
                 "Leave it False, or use hg.CG, hg.MINRES or hg.GMRES."
             )
 

@@ -17,13 +17,13 @@ from hypergrad.trajectory import Recording, Trajectory
 
 @dataclass(frozen=True)
 class OneStep(ResponseMethod):
-    """The implicit-function theorem with the inverse Hessian replaced by a step size.
+    r"""The implicit-function theorem with the inverse Hessian replaced by a step size.
 
-    .. math:: \\Big(\\frac{dw^*}{du}\\Big)^T v \\approx -\\eta\\, (\\partial_u F(w_K, u))^T v
+    .. math:: \Big(\frac{dw^*}{du}\Big)^T v \approx -\eta\, (\partial_u F(w_K, u))^T v
 
-    F is the stationarity condition of loss and optimizer, eta the step size. Both F's mixed derivative and the cotangent v
-    are taken at the end of the run, w_K, with the batch and the random draws of its last step. It is the first term of a
-    Neumann series, and exact only where the Hessian is I / eta: directions of low curvature are shrunk.
+    F is the stationarity condition of loss and optimizer, eta the step size. Both F's mixed derivative and the
+    cotangent v are taken at the end of the run, w_K, with the batch and the random draws of its last step. It is the
+    first term of a Neumann series, and exact only where the Hessian is I / eta: directions of low curvature are shrunk.
 
     Cost: one gradient of the lower loss and one mixed product.
 
@@ -33,15 +33,17 @@ class OneStep(ResponseMethod):
     Raises:
         ValueError: for a step size out of range; for `solved` without an explicit one.
 
-    Reference: J. Luketina, M. Berglund, K. Greff, T. Raiko, "Scalable gradient-based tuning of continuous regularization
-        hyperparameters", ICML 2016, arXiv 1511.06727.
+    Reference: J. Luketina, M. Berglund, K. Greff, T. Raiko, "Scalable gradient-based tuning of continuous
+        regularization hyperparameters", ICML 2016, arXiv 1511.06727.
     """
 
     step_size: float | None = None
 
     def __post_init__(self) -> None:
         """Validate the options."""
-        check_option(self.step_size is None or self.step_size > 0, "OneStep", "step_size", self.step_size, "None or > 0")
+        check_option(
+            self.step_size is None or self.step_size > 0, "OneStep", "step_size", self.step_size, "None or > 0"
+        )
 
     @property
     def differentiates_optimizer(self) -> bool:

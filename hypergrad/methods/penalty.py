@@ -22,15 +22,15 @@ from hypergrad.trajectory import Recording, Trajectory
 
 @dataclass(frozen=True)
 class Penalty(Method):
-    """d(upper loss)/d(upper) from gradients alone, by penalizing the lower level's suboptimality.
+    r"""d(upper loss)/d(upper) from gradients alone, by penalizing the lower level's suboptimality.
 
-    .. math:: w_\\lambda = \\arg\\min_w \\tfrac1\\lambda f(w, u) + L(w, u), \\qquad
-        \\frac{d}{du} f(w^*(u), u) \\approx \\partial_u f(w_\\lambda, u)
-        + \\lambda \\big(\\partial_u L(w_\\lambda, u) - \\partial_u L(w^*, u)\\big)
+    .. math:: w_\lambda = \arg\min_w \tfrac1\lambda f(w, u) + L(w, u), \qquad
+        \frac{d}{du} f(w^*(u), u) \approx \partial_u f(w_\lambda, u)
+        + \lambda \big(\partial_u L(w_\lambda, u) - \partial_u L(w^*, u)\big)
 
-    with upper loss f, lower loss L (with the lower optimizer's coupled weight decay) and penalty strength lambda. The error
-    is O(1/lambda) plus lambda times the error of w_lambda and w^*, so a larger strength needs better solved levels.
-    w_lambda is found by `steps` of `optimizer` from w^*, the end of the run, with its last batch.
+    with upper loss f, lower loss L (with the lower optimizer's coupled weight decay) and penalty strength lambda. The
+    error is O(1/lambda) plus lambda times the error of w_lambda and w^*, so a larger strength needs better solved
+    levels. w_lambda is found by `steps` of `optimizer` from w^*, the end of the run, with its last batch.
 
     Cost: 2 gradients per step, and 3 more. There is no best response, so nothing can be chained above it.
 
@@ -39,9 +39,9 @@ class Penalty(Method):
         optimizer: one of `hypergrad.optim`; None for SGD with the learning rate `1e-1`.
         steps: steps towards w_lambda, >= 1.
 
-    Reference: J. Kwon, D. Kwon, S. Wright, R. Nowak, "A fully first-order method for stochastic bilevel optimization", ICML
-        2023, arXiv 2301.10945; B. Liu, M. Ye, S. Wright, P. Stone, Q. Liu, "BOME! Bilevel optimization made easy", NeurIPS
-        2022, arXiv 2209.08709.
+    Reference: J. Kwon, D. Kwon, S. Wright, R. Nowak, "A fully first-order method for stochastic bilevel optimization",
+        ICML 2023, arXiv 2301.10945; B. Liu, M. Ye, S. Wright, P. Stone, Q. Liu, "BOME! Bilevel optimization made easy",
+        NeurIPS 2022, arXiv 2209.08709.
     """
 
     perturbs: ClassVar[bool] = True

@@ -15,9 +15,9 @@ from hypergrad.trajectory import Recording, Trajectory
 
 @dataclass(frozen=True)
 class Reptile(Method):
-    """An update direction for the level above: from where the lower run began to where it ended.
+    r"""An update direction for the level above: from where the lower run began to where it ended.
 
-    .. math:: d = \\Big(\\frac{\\partial w_0}{\\partial u}\\Big)^T (w_0(u) - w_K)
+    .. math:: d = \Big(\frac{\partial w_0}{\partial u}\Big)^T (w_0(u) - w_K)
 
     with start w_0(u) and end w_K of the run; the level above steps along -d. It is not the gradient of any loss: the
     upper loss is evaluated for the record only, and its direct derivative is left out. Engine only; the lower problem
@@ -56,6 +56,7 @@ class Reptile(Method):
     ) -> Total:
         """Raise a ValueError: a direction is not a hypergradient."""
         raise ValueError(
-            "Reptile yields an update direction, not a hypergradient. Use it as the method of a Problem in an hg.Engine, or "
+            "Reptile yields an update direction, not a hypergradient. Use it as the method of a Problem in an "
+            "hg.Engine, or "
             "hg.Unrolled(truncate=0) (first-order MAML) for a gradient."
         )

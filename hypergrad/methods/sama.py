@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hypergrad._flat import Params
-from hypergrad._functional import in_transform
+from hypergrad._functional import in_transform, vjp
 from hypergrad._result import Stats
 from hypergrad.methods._refusals import (
     check_fixed_point,
@@ -26,16 +26,16 @@ from hypergrad.trajectory import Recording, Trajectory
 
 @dataclass(frozen=True)
 class SAMA(ResponseMethod):
-    """First-order hypergradient with the lower optimizer's own preconditioner.
+    r"""First-order hypergradient with the lower optimizer's own preconditioner.
 
-    .. math:: \\Big(\\frac{dw^*}{du}\\Big)^T v \\approx (\\partial_u \\nabla_w L(w_K, u))^T\\, p, \\qquad
-        p = \\Big(\\frac{\\partial w_K}{\\partial g}\\Big)^T v
+    .. math:: \Big(\frac{dw^*}{du}\Big)^T v \approx (\partial_u \nabla_w L(w_K, u))^T\, p, \qquad
+        p = \Big(\frac{\partial w_K}{\partial g}\Big)^T v
 
     g is the gradient that the last lower step fed to its optimizer. p is the vjp of that step's update in g, from the
     optimizer state before the step, with g at w_{K-1}; for SGD it is -eta v, for Adam it carries the second moment. The
-    mixed product is a central difference at the end of the run, w_K, with the batch and random draws of the last step. It
-    holds for every optimizer of `hypergrad.optim`. The bias is that of replacing the inverse Hessian by the optimizer's
-    preconditioner.
+    mixed product is a central difference at the end of the run, w_K, with the batch and random draws of the last step.
+    It holds for every optimizer of `hypergrad.optim`. The bias is that of replacing the inverse Hessian by the
+    optimizer's preconditioner.
 
     Cost: one lower gradient, two gradients of the lower loss in `upper`; no second derivative.
 
@@ -45,8 +45,8 @@ class SAMA(ResponseMethod):
     Raises:
         ValueError: for `epsilon` out of range; for `solved`, where there is no optimizer.
 
-    Reference: S. K. Choe, S. V. Mehta, H. Ahn, W. Neiswanger, P. Xie, E. Strubell, E. Xing, "Making scalable meta learning
-        practical", NeurIPS 2023, arXiv 2310.05674.
+    Reference: S. K. Choe, S. V. Mehta, H. Ahn, W. Neiswanger, P. Xie, E. Strubell, E. Xing, "Making scalable meta
+        learning practical", NeurIPS 2023, arXiv 2310.05674.
     """
 
     perturbs: ClassVar[bool] = True
@@ -82,7 +82,7 @@ def _pull_update(trajectory: Trajectory, upper: Params, cotangent: Tensor) -> Te
         return last.recipe.update(flat, g, states, upper, last.index)[0]
 
     if in_transform():
-        _, pullback = torch.func.vjp(update, grad)
+        _, pullback = vjp(update, grad)
         (pulled,) = pullback(cotangent)
     else:
         leaf = grad.detach().requires_grad_()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hypergrad._flat import Params
-from hypergrad._functional import add, in_transform, named, second_order
+from hypergrad._functional import add, in_transform, named, second_order, vjp
 from hypergrad._result import Stats
 from hypergrad.methods._refusals import check_option, check_run, refuse_state
 from hypergrad.methods._run import pull_start, run_start
@@ -21,33 +21,34 @@ from hypergrad.trajectory import Recording, Trajectory, state_tensors
 
 @dataclass(frozen=True)
 class Unrolled(ResponseMethod):
-    """Reverse-mode differentiation of the lower run, by an adjoint sweep over its recorded states.
+    r"""Reverse-mode differentiation of the lower run, by an adjoint sweep over its recorded states.
 
-    .. math:: (\\lambda_k, \\mu_k, \\bar u_k) = D\\Phi_k(w_k, s_k, u)^T (\\lambda_{k+1}, \\mu_{k+1}), \\qquad
-        \\bar u = \\sum_k \\bar u_k, \\quad \\lambda_K = v, \\; \\mu_K = 0
+    .. math:: (\lambda_k, \mu_k, \bar u_k) = D\Phi_k(w_k, s_k, u)^T (\lambda_{k+1}, \mu_{k+1}), \qquad
+        \bar u = \sum_k \bar u_k, \quad \lambda_K = v, \; \mu_K = 0
 
-    with the step maps Phi_k : (w_k, s_k, u) -> (w_{k+1}, s_{k+1}) of parameters w and optimizer states s. It is the exact
-    derivative of the run that was made (of its last `truncate` steps, if set), converged or not; as an estimate of the
-    derivative of the *solution* its error shrinks with the number of steps at the rate of the run.
+    with the step maps Phi_k : (w_k, s_k, u) -> (w_{k+1}, s_{k+1}) of parameters w and optimizer states s. It is the
+    exact derivative of the run that was made (of its last `truncate` steps, if set), converged or not; as an estimate
+    of the derivative of the *solution* its error shrinks with the number of steps at the rate of the run.
 
-    Cost: per step one gradient of the lower loss and one product with its Hessian and mixed derivative. Memory: K states,
-    or about 2 sqrt(K) with `checkpoint`, and one tape; not K tapes, unless `retain` asks for them.
+    Cost: per step one gradient of the lower loss and one product with its Hessian and mixed derivative. Memory: K
+    states, or about 2 sqrt(K) with `checkpoint`, and one tape; not K tapes, unless `retain` asks for them.
 
     Args:
-        truncate: differentiate the last n steps only; None for all. Where the run began at `start(upper)`, the cotangent
+        truncate: differentiate the last n steps only; None for all. Where the run began at `start(upper)`, the
+            cotangent
             passes the steps before unchanged: `truncate=0` is first-order MAML.
         checkpoint: keep every n-th state while the run is recorded, and recompute the others: an int, or "sqrt". The
             record must be made for it: `descend(..., recording=method.recording(K))`; the engine does.
-        retain: the fraction of steps, the last ones, whose tape is kept from the run, so that the sweep need not evaluate
-            their gradient again; recorded likewise. Time against memory.
+        retain: the fraction of steps, the last ones, whose tape is kept from the run, so that the sweep need not
+            evaluate their gradient again; recorded likewise. Time against memory.
         compile: compile the step's pullback.
 
     Raises:
         ValueError: for options out of range; for `solved`, where there is no run.
 
     Reference: L. Franceschi, M. Donini, P. Frasconi, M. Pontil, "Forward and reverse gradient-based hyperparameter
-        optimization", ICML 2017, arXiv 1703.01785; A. Shaban, C.-A. Cheng, N. Hatch, B. Boots, "Truncated back-propagation
-        for bilevel optimization", AISTATS 2019, arXiv 1810.10667.
+        optimization", ICML 2017, arXiv 1703.01785; A. Shaban, C.-A. Cheng, N. Hatch, B. Boots, "Truncated
+        back-propagation for bilevel optimization", AISTATS 2019, arXiv 1810.10667.
     """
 
     differentiable: ClassVar[bool] = True
@@ -61,12 +62,19 @@ class Unrolled(ResponseMethod):
         """Validate the options."""
         check_option(
             self.truncate is None or (isinstance(self.truncate, int) and self.truncate >= 0),
-            "Unrolled", "truncate", self.truncate, "None or an int >= 0",
+            "Unrolled",
+            "truncate",
+            self.truncate,
+            "None or an int >= 0",
         )
         check_option(
-            self.checkpoint is None or self.checkpoint == "sqrt"
+            self.checkpoint is None
+            or self.checkpoint == "sqrt"
             or (isinstance(self.checkpoint, int) and self.checkpoint >= 1),
-            "Unrolled", "checkpoint", self.checkpoint, "None, 'sqrt' or an int >= 1",
+            "Unrolled",
+            "checkpoint",
+            self.checkpoint,
+            "None, 'sqrt' or an int >= 1",
         )
         check_option(0.0 <= self.retain <= 1.0, "Unrolled", "retain", self.retain, "a fraction from 0 to 1")
 
@@ -88,7 +96,8 @@ class Unrolled(ResponseMethod):
         first = self._first(trajectory)
         bar = cotangent
         state_bars = tuple(
-            {k: torch.zeros_like(v) if isinstance(v, Tensor) else v for k, v in s.items()} for s in trajectory.end_states
+            {k: torch.zeros_like(v) if isinstance(v, Tensor) else v for k, v in s.items()}
+            for s in trajectory.end_states
         )
         grad: Params = {}
         for step, flat, states in trajectory.backwards(first, upper):
@@ -104,7 +113,7 @@ class Unrolled(ResponseMethod):
         first = self._first(trajectory)
         if in_transform():
             with second_order():
-                _, pullback = torch.func.vjp(lambda u: trajectory.replay(first, u), upper)
+                _, pullback = vjp(lambda u: trajectory.replay(first, u), upper)
             pulled: Params = pullback(cotangent)[0]
             return pulled
         with torch.enable_grad(), second_order():
@@ -124,9 +133,9 @@ class Unrolled(ResponseMethod):
 
 @dataclass(frozen=True)
 class ForwardUnrolled(ResponseMethod):
-    """Forward-mode differentiation of the lower run: the same derivative as `Unrolled`, for few upper variables.
+    r"""Forward-mode differentiation of the lower run: the same derivative as `Unrolled`, for few upper variables.
 
-    .. math:: Z_{k+1} = \\partial_{(w, s)} \\Phi_k\\, Z_k + \\partial_u \\Phi_k, \\qquad \\bar u = Z_K^T v
+    .. math:: Z_{k+1} = \partial_{(w, s)} \Phi_k\, Z_k + \partial_u \Phi_k, \qquad \bar u = Z_K^T v
 
     with one column of Z per scalar upper variable. Products with the step map's Jacobian are built from two reverse
     passes, which every operation that has a second derivative supports.
@@ -175,7 +184,7 @@ def _start_tangent(trajectory: Trajectory, upper: Params, column: Params) -> tup
 
 def _push(function: Callable[[Params], Tensor], upper: Params, column: Params) -> Tensor:
     """Return the derivative of `function` at `upper` along `column`, by double vjp."""
-    value, pullback = torch.func.vjp(function, upper)
-    _, push = torch.func.vjp(lambda c: pullback(c)[0], torch.zeros_like(value))
+    value, pullback = vjp(function, upper)
+    _, push = vjp(lambda c: pullback(c)[0], torch.zeros_like(value))
     pushed: Tensor = push(column)[0]
     return pushed

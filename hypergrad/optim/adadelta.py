@@ -75,9 +75,7 @@ class Adadelta(Optimizer):
         """Return the state before the first step: averages of zero."""
         return {"step": 0, "square_avg": torch.zeros_like(params), "acc_delta": torch.zeros_like(params)}
 
-    def update(
-        self, params: Tensor, grad: Tensor, state: State, hyper: Hyper | None = None
-    ) -> tuple[Tensor, State]:
+    def update(self, params: Tensor, grad: Tensor, state: State, hyper: Hyper | None = None) -> tuple[Tensor, State]:
         """Return the parameters and the state after one step."""
         lr = learning_rate(self, state, hyper)
         rho, eps = option(hyper, "rho", self.rho), option(hyper, "eps", self.eps)

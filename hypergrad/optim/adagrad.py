@@ -78,9 +78,7 @@ class Adagrad(Optimizer):
         """Return the state before the first step: sums of `initial_accumulator_value`."""
         return {"step": 0, "sum": torch.full_like(params, self.initial_accumulator_value)}
 
-    def update(
-        self, params: Tensor, grad: Tensor, state: State, hyper: Hyper | None = None
-    ) -> tuple[Tensor, State]:
+    def update(self, params: Tensor, grad: Tensor, state: State, hyper: Hyper | None = None) -> tuple[Tensor, State]:
         """Return the parameters and the state after one step."""
         step = state["step"]
         lr = learning_rate(self, state, hyper) / (1.0 + step * option(hyper, "lr_decay", self.lr_decay))

@@ -92,16 +92,12 @@ class Adam(Optimizer):
         """Return the state before the first step: averages of zero."""
         return _init(params, self.amsgrad)
 
-    def update(
-        self, params: Tensor, grad: Tensor, state: State, hyper: Hyper | None = None
-    ) -> tuple[Tensor, State]:
+    def update(self, params: Tensor, grad: Tensor, state: State, hyper: Hyper | None = None) -> tuple[Tensor, State]:
         """Return the parameters and the state after one step."""
         lr = learning_rate(self, state, hyper)
         decay = self.decay(hyper)
         grad = ascent_gradient(params, grad, self.maximize, decay.coupled)
-        return _step(
-            shrink(params, lr, decay.decoupled), grad, state, hyper, lr, self.betas, self.eps, self.amsgrad
-        )
+        return _step(shrink(params, lr, decay.decoupled), grad, state, hyper, lr, self.betas, self.eps, self.amsgrad)
 
     def decay(self, hyper: Hyper | None = None) -> Decay:
         """Return the weight decay: coupled, unless `decoupled_weight_decay`."""
@@ -155,9 +151,7 @@ class AdamW(Optimizer):
         """Return the state before the first step: averages of zero."""
         return _init(params, self.amsgrad)
 
-    def update(
-        self, params: Tensor, grad: Tensor, state: State, hyper: Hyper | None = None
-    ) -> tuple[Tensor, State]:
+    def update(self, params: Tensor, grad: Tensor, state: State, hyper: Hyper | None = None) -> tuple[Tensor, State]:
         """Return the parameters and the state after one step."""
         lr = learning_rate(self, state, hyper)
         grad = -grad if self.maximize else grad

@@ -76,9 +76,7 @@ class Adamax(Optimizer):
         """Return the state before the first step: zeros."""
         return {"step": 0, "exp_avg": torch.zeros_like(params), "exp_inf": torch.zeros_like(params)}
 
-    def update(
-        self, params: Tensor, grad: Tensor, state: State, hyper: Hyper | None = None
-    ) -> tuple[Tensor, State]:
+    def update(self, params: Tensor, grad: Tensor, state: State, hyper: Hyper | None = None) -> tuple[Tensor, State]:
         """Return the parameters and the state after one step."""
         lr = learning_rate(self, state, hyper)
         beta1, beta2 = option(hyper, "beta1", self.betas[0]), option(hyper, "beta2", self.betas[1])

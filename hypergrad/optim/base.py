@@ -55,9 +55,7 @@ class Optimizer(ABC):
         """Return the state before the first step for `params`, shape (n,)."""
 
     @abstractmethod
-    def update(
-        self, params: Tensor, grad: Tensor, state: State, hyper: Hyper | None = None
-    ) -> tuple[Tensor, State]:
+    def update(self, params: Tensor, grad: Tensor, state: State, hyper: Hyper | None = None) -> tuple[Tensor, State]:
         """Return the parameters and the state after one step; nothing is changed in place.
 
         Args:
@@ -128,8 +126,7 @@ def check_range(
         or (at_most is not None and value > at_most)
     ):
         raise ValueError(
-            f"{type(optimizer).__name__}: {name} must be a number of at least 0{upper}, or a tensor, "
-            f"got {value!r}."
+            f"{type(optimizer).__name__}: {name} must be a number of at least 0{upper}, or a tensor, got {value!r}."
         )
 
 

@@ -60,9 +60,7 @@ class Bound:
         """Return the state of optimizers that have not stepped yet, one a group."""
         return tuple(
             optimizer.init(piece)
-            for (optimizer, _), piece in zip(
-                self.groups, params.split_with_sizes(self.group_sizes), strict=True
-            )
+            for (optimizer, _), piece in zip(self.groups, params.split_with_sizes(self.group_sizes), strict=True)
         )
 
     def update(
@@ -101,8 +99,7 @@ class Bound:
     def decay(self, hyper: BoundHyper | None = None) -> Decay:
         """Return the weight decay: floats where all groups agree on one, else flat vectors of shape (n,)."""
         decays = [
-            optimizer.decay(values)
-            for (optimizer, _), values in zip(self.groups, self.split_hyper(hyper), strict=True)
+            optimizer.decay(values) for (optimizer, _), values in zip(self.groups, self.split_hyper(hyper), strict=True)
         ]
         return Decay(
             coupled=self._spread([decay.coupled for decay in decays]),
@@ -122,9 +119,7 @@ class Bound:
         return self._spread(
             [
                 learning_rate(optimizer, state, values)
-                for (optimizer, _), state, values in zip(
-                    self.groups, states, self.split_hyper(hyper), strict=True
-                )
+                for (optimizer, _), state, values in zip(self.groups, states, self.split_hyper(hyper), strict=True)
             ]
         )
 
@@ -144,11 +139,7 @@ class Bound:
             if unknown:
                 kind = type(optimizer).__name__
                 dormant = [name for name in unknown if name in optimizer.HYPER]
-                remedy = (
-                    f" {dormant} needs {kind}(momentum=...) above 0, so that it keeps a buffer."
-                    if dormant
-                    else ""
-                )
+                remedy = f" {dormant} needs {kind}(momentum=...) above 0, so that it keeps a buffer." if dormant else ""
                 raise ValueError(
                     f"hyper names {unknown}, which {kind} does not take; allowed here are "
                     f"{sorted(optimizer.accepts())}.{remedy}"
@@ -164,9 +155,7 @@ class Bound:
                     values[name] = part
         return split
 
-    def _split_value(
-        self, name: str, value: Scalar | Mapping[str, Scalar] | Sequence[Scalar]
-    ) -> Sequence[Scalar]:
+    def _split_value(self, name: str, value: Scalar | Mapping[str, Scalar] | Sequence[Scalar]) -> Sequence[Scalar]:
         """Return one value a group."""
         if isinstance(value, int | float):
             return [value] * len(self.groups)
@@ -192,8 +181,7 @@ class Bound:
             return [torch.cat(group) if group else 0.0 for group in pieces]
         if len(value) != len(self.groups):
             raise ValueError(
-                f"hyper[{name!r}] has {len(value)} values for {len(self.groups)} parameter groups; "
-                "give one a group."
+                f"hyper[{name!r}] has {len(value)} values for {len(self.groups)} parameter groups; give one a group."
             )
         return value
 
@@ -208,9 +196,7 @@ class Bound:
             return first
         if not isinstance(first, Tensor) and all(not isinstance(v, Tensor) and v == first for v in values):
             return first
-        pieces = [
-            self._tensor(value).expand(size) for value, size in zip(values, self.group_sizes, strict=True)
-        ]
+        pieces = [self._tensor(value).expand(size) for value, size in zip(values, self.group_sizes, strict=True)]
         return torch.cat(pieces)
 
     def _tensor(self, value: Scalar) -> Tensor:

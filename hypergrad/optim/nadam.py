@@ -71,9 +71,7 @@ class NAdam(Optimizer):
     Reference: Timothy Dozat, "Incorporating Nesterov Momentum into Adam", ICLR 2016 workshop.
     """
 
-    HYPER: ClassVar[frozenset[str]] = frozenset(
-        {"lr", "beta1", "beta2", "eps", "weight_decay", "momentum_decay"}
-    )
+    HYPER: ClassVar[frozenset[str]] = frozenset({"lr", "beta1", "beta2", "eps", "weight_decay", "momentum_decay"})
 
     lr: LearningRate = field(default=2e-3, kw_only=False)
     betas: tuple[Scalar, Scalar] = (0.9, 0.999)
@@ -99,9 +97,7 @@ class NAdam(Optimizer):
             "mu_product": torch.ones((), dtype=params.dtype, device=params.device),
         }
 
-    def update(
-        self, params: Tensor, grad: Tensor, state: State, hyper: Hyper | None = None
-    ) -> tuple[Tensor, State]:
+    def update(self, params: Tensor, grad: Tensor, state: State, hyper: Hyper | None = None) -> tuple[Tensor, State]:
         """Return the parameters and the state after one step."""
         lr = learning_rate(self, state, hyper)
         beta1, beta2 = option(hyper, "beta1", self.betas[0]), option(hyper, "beta2", self.betas[1])
@@ -115,9 +111,7 @@ class NAdam(Optimizer):
         product = slot(state, "mu_product") * mu
         first = average(slot(state, "exp_avg"), grad, beta1)
         second = average_square(slot(state, "exp_avg_sq"), grad, beta2)
-        ahead = grad * (lr * (1.0 - mu) / (1.0 - product)) + first * (
-            lr * mu_next / (1.0 - product * mu_next)
-        )
+        ahead = grad * (lr * (1.0 - mu) / (1.0 - product)) + first * (lr * mu_next / (1.0 - product * mu_next))
         correction = power(1.0 - power(beta2, step), 0.5)
         denominator = root_plus(second, option(hyper, "eps", self.eps), correction)
         stepped = params - frozen_where_unseen(ahead, second) / denominator

@@ -97,9 +97,7 @@ class RMSprop(Optimizer):
             state["momentum_buffer"] = torch.zeros_like(params)
         return state
 
-    def update(
-        self, params: Tensor, grad: Tensor, state: State, hyper: Hyper | None = None
-    ) -> tuple[Tensor, State]:
+    def update(self, params: Tensor, grad: Tensor, state: State, hyper: Hyper | None = None) -> tuple[Tensor, State]:
         """Return the parameters and the state after one step."""
         lr = learning_rate(self, state, hyper)
         alpha = option(hyper, "alpha", self.alpha)

@@ -84,9 +84,7 @@ class SGD(Optimizer):
             return {"step": 0}
         return {"step": 0, "momentum_buffer": torch.zeros_like(params)}
 
-    def update(
-        self, params: Tensor, grad: Tensor, state: State, hyper: Hyper | None = None
-    ) -> tuple[Tensor, State]:
+    def update(self, params: Tensor, grad: Tensor, state: State, hyper: Hyper | None = None) -> tuple[Tensor, State]:
         """Return the parameters and the state after one step."""
         lr = learning_rate(self, state, hyper)
         step = state["step"]

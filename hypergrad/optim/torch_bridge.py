@@ -272,9 +272,7 @@ def replace_options(optimizer: torch.optim.Optimizer, bound: Bound) -> Bound:
     return bound if groups == bound.groups else replace(bound, groups=groups)
 
 
-def read_state(
-    optimizer: torch.optim.Optimizer, bound: Bound, params: Mapping[str, Tensor]
-) -> tuple[State, ...]:
+def read_state(optimizer: torch.optim.Optimizer, bound: Bound, params: Mapping[str, Tensor]) -> tuple[State, ...]:
     """Return the torch optimizer's current state as flat vectors, one `State` a group of `bound`.
 
     Tensors are copied, since torch goes on changing its own. Parameters without a state yet have the initial
@@ -291,10 +289,7 @@ def read_state(
         return tuple(
             _read_group(
                 rule,
-                [
-                    (params[name], cast(dict[str, Any], optimizer.state.get(params[name], {})))
-                    for name in names
-                ],
+                [(params[name], cast(dict[str, Any], optimizer.state.get(params[name], {}))) for name in names],
                 bound.layout.dtype,
                 bound.layout.device,
             )
@@ -346,8 +341,7 @@ def _read_step(
         if len(counts) <= 1:
             return counts.pop() if counts else 0
     pieces = [
-        torch.as_tensor(s).to(device, dtype).expand(param.numel())
-        for (param, _), s in zip(held, steps, strict=True)
+        torch.as_tensor(s).to(device, dtype).expand(param.numel()) for (param, _), s in zip(held, steps, strict=True)
     ]
     return torch.cat(pieces)
 
@@ -387,17 +381,11 @@ def _opaque_reader(optimizer: torch.optim.Optimizer) -> _Reader:
     return read
 
 
-def _names(
-    optimizer: torch.optim.Optimizer, params: Mapping[str, Tensor] | None
-) -> tuple[tuple[str, ...], ...] | None:
+def _names(optimizer: torch.optim.Optimizer, params: Mapping[str, Tensor] | None) -> tuple[tuple[str, ...], ...] | None:
     """Return the groups' parameter names from `params`, or as torch recorded them, or None."""
     if params is None:
         groups = optimizer.param_groups
-        return (
-            tuple(tuple(g["param_names"]) for g in groups)
-            if all("param_names" in g for g in groups)
-            else None
-        )
+        return tuple(tuple(g["param_names"]) for g in groups) if all("param_names" in g for g in groups) else None
     by_identity = {id(tensor): name for name, tensor in params.items()}
     unnamed = [tuple(tensor.shape) for tensor in _tensors(optimizer) if id(tensor) not in by_identity]
     if unnamed:

@@ -93,13 +93,9 @@ def check_system(solver: Solver, op: Operator, b: Tensor, x0: Tensor | None) -> 
     """Raise a ValueError that names what of the system A x = b does not suit `solver`."""
     name = type(solver).__name__
     if b.shape != (op.size,):
-        raise ValueError(
-            f"{name} expects b of shape ({op.size},), the size of the operator, got {tuple(b.shape)}."
-        )
+        raise ValueError(f"{name} expects b of shape ({op.size},), the size of the operator, got {tuple(b.shape)}.")
     if b.dtype != op.dtype:
-        raise ValueError(
-            f"{name} expects b of dtype {op.dtype}, the operator's, got {b.dtype}. Convert one of them."
-        )
+        raise ValueError(f"{name} expects b of dtype {op.dtype}, the operator's, got {b.dtype}. Convert one of them.")
     if solver.requires_symmetric and not op.symmetric:
         raise ValueError(
             f"{name} needs a symmetric operator, and this one is not marked symmetric. Use GMRES or Exact, "
@@ -253,6 +249,4 @@ def check_check_every(name: str, value: object) -> None:
     if value is None or value == "auto":
         return
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(
-            f"{name} expects check_every to be 'auto', None or an int >= 1, got check_every={value!r}."
-        )
+        raise ValueError(f"{name} expects check_every to be 'auto', None or an int >= 1, got check_every={value!r}.")

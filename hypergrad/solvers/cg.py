@@ -120,9 +120,7 @@ class CG(Solver):
             moved = alpha > 0
             moves.append(moved)
             d = torch.addcmul(d, p, alpha)
-            r = torch.addcmul(
-                r, Ap, alpha, value=-1
-            )  # NaN after a product that is not finite; no one reads it then
+            r = torch.addcmul(r, Ap, alpha, value=-1)  # NaN after a product that is not finite; no one reads it then
             rr_new = torch.dot(r, r)
             z = r if apply is None else apply(r)
             rho = rr_new if apply is None else torch.dot(r, z)

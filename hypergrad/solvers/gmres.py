@@ -138,9 +138,7 @@ class GMRES(Solver):
         return finish(begun, d, norm, result, num_steps, num_products)
 
 
-def _cycle(
-    op: Operator, r: Tensor, norm: Tensor, active: Tensor, tol: Tensor, num_steps: int, interval: int
-) -> _Cycle:
+def _cycle(op: Operator, r: Tensor, norm: Tensor, active: Tensor, tol: Tensor, num_steps: int, interval: int) -> _Cycle:
     """Return the correction that minimises norm(r - A d) over the Krylov space of r, while `active`."""
     eps = torch.finfo(r.dtype).eps
     zero = torch.zeros((), dtype=r.dtype, device=r.device)

@@ -103,9 +103,7 @@ class MINRES(Solver):
             alpha = torch.dot(v, u)
             u = torch.addcmul(u, v, alpha, value=-1)
             beta_new = torch.linalg.vector_norm(u)
-            size = torch.maximum(
-                size, torch.hypot(torch.hypot(alpha, beta), beta_new)
-            )  # a bound on norm(A) from below
+            size = torch.maximum(size, torch.hypot(torch.hypot(alpha, beta), beta_new))  # a bound on norm(A) from below
             # The last rotation meets the new column of T, the next one clears beta_new.
             epsilon_old = epsilon
             delta = cosine * delta_bar + sine * alpha

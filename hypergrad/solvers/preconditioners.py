@@ -175,6 +175,4 @@ class NystromPreconditioner(Preconditioner):
             shift = torch.full((), self.damping, dtype=op.dtype, device=op.device)
             factor, exists = shifted_inverse(low_rank, shift)
         usable = exists & torch.logical_not(low_rank.failed)
-        return (
-            lambda r: torch.where(usable, apply_inverse(low_rank, factor, shift, r), r)
-        ), low_rank.num_products
+        return (lambda r: torch.where(usable, apply_inverse(low_rank, factor, shift, r), r)), low_rank.num_products
