@@ -12,7 +12,7 @@ from functools import reduce
 
 import torch
 from torch import Tensor
-from torch._C import _functorch
+from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 
 Params = dict[str, Tensor]
 """Named parameters of one level; the insertion order carries no meaning."""

@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._C import _functorch
+from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hypergrad._flat import Params
@@ -66,11 +68,13 @@ def scalar(value: Any, what: str) -> Tensor:
 
 @dataclass(frozen=True)
 class RandomState:
-    """The state of the CPU generator and of the device's, taken by `random_state`."""
+    """The states of torch's CPU generator, of the device's, of `random` and of NumPy; taken by `random_state`."""
 
     cpu: Tensor
     device: torch.device
     accelerator: Tensor | None
+    python: tuple[Any, ...] | None = None
+    numpy: Any = None
 
 
 def random_state(device: torch.device) -> RandomState | None:
@@ -78,15 +82,20 @@ def random_state(device: torch.device) -> RandomState | None:
     if torch.compiler.is_compiling() or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
         return None
     accelerator = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    return RandomState(torch.get_rng_state(), device, accelerator)
+    return RandomState(torch.get_rng_state(), device, accelerator, random.getstate(), np.random.get_state())
 
 
 def restore_random_state(state: RandomState | None) -> None:
     """Put the generators back to `state`."""
-    if state is not None:
-        torch.set_rng_state(state.cpu)
-        if state.accelerator is not None:
-            torch.cuda.set_rng_state(state.accelerator, state.device)
+    if state is None:
+        return
+    torch.set_rng_state(state.cpu)
+    if state.accelerator is not None:
+        torch.cuda.set_rng_state(state.accelerator, state.device)
+    if state.python is not None:
+        random.setstate(state.python)
+    if state.numpy is not None:
+        np.random.set_state(state.numpy)
 
 
 @contextlib.contextmanager
@@ -105,29 +114,100 @@ def replaying(state: RandomState | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def untouched(device: torch.device) -> Iterator[None]:
-    """Leave the generators, and the buffers and mode of every module that the body calls, as they were found."""
-    if in_transform():
+    """Leave the generators, and the buffers and modes of every module that the body calls, as they were found."""
+    if torch.compiler.is_compiling():
         yield
         return
-    found: dict[nn.Module, tuple[bool, list[tuple[Tensor, Tensor]]]] = {}
-
-    def remember(module: nn.Module, _args: Any) -> None:
-        if module not in found:
-            buffers = [(b, b.detach().clone()) for b in module.buffers(recurse=False)]
-            found[module] = (module.training, buffers)
-
     state = random_state(device)
-    handle = nn.modules.module.register_module_forward_pre_hook(remember)
+    try:
+        with _StandIns(), _modes_restored():
+            yield
+    finally:
+        restore_random_state(state)
+
+
+class _StandIns:
+    """While open, modules run on copies of their buffers; what one call writes there, the next one finds.
+
+    A copy that a call has written to is copied again for the next call: the graph of the first may have saved it.
+    """
+
+    def __init__(self) -> None:
+        self._latest: dict[int, tuple[Tensor, Tensor, int]] = {}  # by the buffer's id: it, its copy, the copy's version
+        self._copies: dict[int, Tensor] = {}  # by id, so that a copy is known as one
+        self._frames: list[list[tuple[nn.Module, str, Tensor]]] = []
+        self._inside: set[int] = set()
+
+    def __enter__(self) -> None:
+        hooks = nn.modules.module
+        self._handles = (
+            hooks.register_module_forward_pre_hook(self._enter_module),
+            hooks.register_module_forward_hook(self._leave_module, always_call=True),
+        )
+
+    def __exit__(self, *_exception: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        while self._frames:
+            self._restore(self._frames.pop())
+
+    def _enter_module(self, module: nn.Module, _args: Any) -> None:
+        swapped: list[tuple[nn.Module, str, Tensor]] = []
+        self._frames.append(swapped)
+        if id(module) in self._inside:
+            return
+        for inner in module.modules():
+            if id(inner) in self._inside:
+                continue
+            for name, buffer in inner._buffers.items():
+                if buffer is not None and id(buffer) not in self._copies:
+                    swapped.append((inner, name, buffer))
+                    inner._buffers[name] = self._stand_in(buffer)
+        self._inside.update(id(inner) for inner, _, _ in swapped)
+
+    def _leave_module(self, _module: nn.Module, _args: Any, _output: Any) -> None:
+        if self._frames:
+            self._restore(self._frames.pop())
+
+    def _stand_in(self, buffer: Tensor) -> Tensor:
+        known = self._latest.get(id(buffer))
+        if known is not None and known[1]._version == known[2]:
+            return known[1]
+        with torch.no_grad():
+            copy = (buffer if known is None else known[1]).detach().clone()
+        self._latest[id(buffer)] = (buffer, copy, copy._version)
+        self._copies[id(copy)] = copy
+        return copy
+
+    def _restore(self, frame: list[tuple[nn.Module, str, Tensor]]) -> None:
+        for module, name, buffer in frame:
+            self._inside.discard(id(module))
+            written = module._buffers.get(name)
+            if written is not None and id(written) not in self._copies:  # assigned anew, not written in place
+                with torch.no_grad():
+                    copy = written.detach().clone()
+                self._latest[id(buffer)] = (buffer, copy, copy._version)
+                self._copies[id(copy)] = copy
+            module._buffers[name] = buffer
+
+
+@contextlib.contextmanager
+def _modes_restored() -> Iterator[None]:
+    """Undo what `.train()` and `.eval()` do in the body."""
+    found: dict[nn.Module, bool] = {}
+    original = nn.Module.train
+
+    def train(module: nn.Module, mode: bool = True) -> nn.Module:
+        found.setdefault(module, module.training)
+        return original(module, mode)
+
+    nn.Module.train = train  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
-        handle.remove()
-        restore_random_state(state)
-        with torch.no_grad():
-            for module, (training, buffers) in found.items():
-                module.training = training
-                for buffer, value in buffers:
-                    buffer.copy_(value)
+        nn.Module.train = original  # type: ignore[method-assign]
+        for module, training in found.items():
+            module.training = training
 
 
 # --- gradients and tapes ---------------------------------------------------------------------------------------------

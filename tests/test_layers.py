@@ -14,21 +14,30 @@ LAYERS: dict[str, float] = {
     "_flat": 0,
     "_functional": 0,
     "_result": 0,
+    "history": 0,
+    "composite": 0.5,
     "operators": 1,
     "solvers": 2,
+    "lanczos": 2.5,
     "optim": 3,
+    "optim.bound": 3.1,
+    "optim.torch_bridge": 3.2,
+    "optim.binding": 3.3,
     "trajectory": 3.5,
+    "stationarity": 3.6,
     "product_check": 3.7,
     "methods": 4,
     "problem": 5,
     "graph": 6,
-    "engine": 7,
+    "runner": 6.5,
+    "tasks": 6.6,
+    "engine": 7.6,
     "callbacks": 7.5,
-    "diagnose": 7.5,
+    "diagnose": 7.7,
     "bench": 8,
     "testing": 9,
 }
-"""The first name after `hypergrad.` and its layer; .5 stands above its layer's first part."""
+"""Names after `hypergrad.` and their layers, the most specific counts; fractions order the files of one layer."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +96,7 @@ def _layer_of(module: str) -> float | None:
     if len(parts) == 1:
         return None
     assert parts[1] in LAYERS, f"{module} has no layer: add {parts[1]!r} to LAYERS in tests/test_layers.py"
-    return LAYERS[parts[1]]
+    return LAYERS.get(".".join(parts[1:3]), LAYERS[parts[1]])
 
 
 def _is_base(module: str) -> bool:
