@@ -89,9 +89,7 @@ class Augmentation:
         scale = uniform(self.min_scale, 1.0).flatten()
         room = 1 - scale
         dx, dy = room * uniform(-1, 1).flatten(), room * uniform(-1, 1).flatten()
-        mirror = (
-            torch.where(uniform(0, 1).flatten() < 0.5, -1.0, 1.0) if self.flip else torch.ones_like(scale)
-        )
+        mirror = torch.where(uniform(0, 1).flatten() < 0.5, -1.0, 1.0) if self.flip else torch.ones_like(scale)
         angle = uniform(-self.rotation, self.rotation).flatten() * (math.pi / 180)
         cos, sin = scale * torch.cos(angle), scale * torch.sin(angle)
         rows = [torch.stack([mirror * cos, -sin, dx], 1), torch.stack([mirror * sin, cos, dy], 1)]

@@ -159,9 +159,7 @@ def load(
     train, rest = _take_evenly(order, labels, num_labels, num_classes, "num_labels")
     validation, rest = _take_evenly(rest, labels, num_validation, num_classes, "num_validation")
     if len(rest) < max(num_pretext or 1, 1):
-        raise ValueError(
-            f"num_pretext={num_pretext}, but {len(rest)} images of {name!r} are left; ask for fewer."
-        )
+        raise ValueError(f"num_pretext={num_pretext}, but {len(rest)} images of {name!r} are left; ask for fewer.")
 
     def downstream(chosen: Tensor, labels: Tensor) -> Split:
         return Split(shift(chosen, generator) if shift else chosen, labels)
@@ -176,22 +174,16 @@ def load(
     )
 
 
-def _take_evenly(
-    order: Tensor, labels: Tensor, count: int, num_classes: int, what: str
-) -> tuple[Tensor, Tensor]:
+def _take_evenly(order: Tensor, labels: Tensor, count: int, num_classes: int, what: str) -> tuple[Tensor, Tensor]:
     """Return the first `count` indices of `order`, evenly over the classes, and those that are left."""
     if count < num_classes:
-        raise ValueError(
-            f"{what}={count} is less than one image for each of {num_classes} classes; ask for more."
-        )
+        raise ValueError(f"{what}={count} is less than one image for each of {num_classes} classes; ask for more.")
     taken = torch.zeros(len(order), dtype=torch.bool)
     for label in range(num_classes):
         wanted = count // num_classes + (label < count % num_classes)
         positions = torch.nonzero(labels[order] == label).flatten()
         if len(positions) < wanted:
-            raise ValueError(
-                f"{what}={count} wants {wanted} images of class {label}, {len(positions)} are left."
-            )
+            raise ValueError(f"{what}={count} wants {wanted} images of class {label}, {len(positions)} are left.")
         taken[positions[:wanted]] = True
     return order[taken], order[~taken]
 
@@ -230,18 +222,12 @@ def _digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _read_folder(folder: str | Path | None) -> list[np.ndarray]:
     """Return the four arrays of Fashion-MNIST's own files."""
-    names = [
-        f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
-    ]
+    names = [f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
     if folder is None:
-        raise ValueError(
-            f"'fashion-full' needs the folder that holds {', '.join(names)}; pass folder=... (--folder)."
-        )
+        raise ValueError(f"'fashion-full' needs the folder that holds {', '.join(names)}; pass folder=... (--folder).")
     missing = [name for name in names if not (Path(folder) / name).is_file()]
     if missing:
-        raise FileNotFoundError(
-            f"{folder} lacks {', '.join(missing)}; 'fashion-full' needs {', '.join(names)}."
-        )
+        raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}; 'fashion-full' needs {', '.join(names)}.")
     return [_read_idx(Path(folder) / name) for name in names]
 
 
@@ -258,8 +244,8 @@ def _read_idx(path: Path) -> np.ndarray:
 
 
 def _images(array: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array)).float()[:, None] / 255
+    return torch.from_numpy(array.astype(np.float32))[:, None] / 255
 
 
 def _labels(array: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array)).long()
+    return torch.from_numpy(array.astype(np.int64))

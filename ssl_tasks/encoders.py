@@ -71,10 +71,11 @@ def classifier_head(dim: int, num_classes: int) -> nn.Linear:
     return head
 
 
-def encoder(name: str, image_shape: Sequence[int], *, seed: int) -> MLP | ConvNet:
+def encoder(name: str, image_shape: Sequence[int], *, widths: Sequence[int] | None = None, seed: int) -> MLP | ConvNet:
     """Return the encoder called `name`, "mlp" or "convnet", drawn from `seed` alone.
 
-    The global generator is left as it was found.
+    The global generator is left as it was found. `widths` are the MLP's layers or the convnet's channels;
+    None takes the class's own.
 
     Raises:
         ValueError: for another name.
@@ -82,7 +83,7 @@ def encoder(name: str, image_shape: Sequence[int], *, seed: int) -> MLP | ConvNe
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if name == "mlp":
-            return MLP(image_shape)
+            return MLP(image_shape) if widths is None else MLP(image_shape, widths)
         if name == "convnet":
-            return ConvNet(image_shape)
+            return ConvNet(image_shape) if widths is None else ConvNet(image_shape, widths)
     raise ValueError(f"unknown encoder {name!r}; expected 'mlp' or 'convnet'.")

@@ -39,8 +39,7 @@ def nt_xent(first: Tensor, second: Tensor, *, temperature: float = 0.5) -> Tenso
     """
     if first.shape != second.shape or first.dim() != 2:
         raise ValueError(
-            "nt_xent wants two tensors of one shape (n, d), "
-            f"got {tuple(first.shape)} and {tuple(second.shape)}."
+            f"nt_xent wants two tensors of one shape (n, d), got {tuple(first.shape)} and {tuple(second.shape)}."
         )
     if temperature <= 0:
         raise ValueError(f"temperature must be positive, got {temperature}.")

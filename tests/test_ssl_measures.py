@@ -1,0 +1,141 @@
+"""The contrastive loss, the encoders and the measures of the SSL systems against independent computations."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ssl_tasks.datasets import Data, Split
+from ssl_tasks.encoders import MLP, ConvNet, classifier_head, encoder, projection_head
+from ssl_tasks.evaluate import effective_rank, fine_tune, knn, linear_probe
+from ssl_tasks.losses import nt_xent
+
+
+@pytest.fixture
+def blobs() -> Data:
+    """Three Gaussian classes, well apart, as 1x2x2 images."""
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.tensor([[2.0, 0, 0, 0], [0, 2, 0, 0], [0, 0, 2, 0]])
+
+    def split(count: int) -> Split:
+        labels = torch.arange(count) % 3
+        noise = 0.3 * torch.randn(count, 4, generator=generator)
+        return Split((centres[labels] + noise).view(-1, 1, 2, 2), labels)
+
+    return Data("blobs", split(30).images, split(60), split(30), split(90), 3)
+
+
+def test_nt_xent_equals_its_sum_written_out() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(5, 3, generator=generator, dtype=torch.float64)
+    b = torch.randn(5, 3, generator=generator, dtype=torch.float64)
+    z = torch.cat([a / a.norm(dim=1, keepdim=True), b / b.norm(dim=1, keepdim=True)])
+    total = 0.0
+    for i in range(10):
+        others = [math.exp(float(z[i] @ z[j]) / 0.3) for j in range(10) if j != i]
+        total += math.log(sum(others)) - float(z[i] @ z[(i + 5) % 10]) / 0.3
+    assert float(nt_xent(a, b, temperature=0.3)) == pytest.approx(total / 10, rel=1e-12)
+
+
+def test_nt_xent_has_both_derivatives() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(3, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    b = torch.randn(3, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(nt_xent, (a, b)) and torch.autograd.gradgradcheck(nt_xent, (a, b))
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "options", "message"),
+    [
+        (torch.rand(2, 3), torch.rand(3, 3), {}, r"one shape \(n, d\), got \(2, 3\) and \(3, 3\)"),
+        (torch.rand(3), torch.rand(3), {}, r"one shape \(n, d\)"),
+        (torch.rand(2, 3), torch.rand(2, 3), {"temperature": 0.0}, "temperature must be positive"),
+    ],
+)
+def test_bad_embeddings_are_refused(a: torch.Tensor, b: torch.Tensor, options: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        nt_xent(a, b, **options)
+
+
+@pytest.mark.parametrize("name", ["mlp", "convnet"])
+def test_encoders_have_the_promised_shape_and_their_own_seed(name: str) -> None:
+    before = torch.get_rng_state()
+    one, two, other = (encoder(name, (1, 14, 14), seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(torch.get_rng_state(), before)
+    images = torch.rand(3, 1, 14, 14)
+    assert one(images).shape == (3, one.dim)
+    assert torch.equal(one(images), two(images)) and not torch.equal(one(images), other(images))
+    assert projection_head(one.dim, out=7)(one(images)).shape == (3, 7)
+    assert classifier_head(one.dim, 4)(one(images)).abs().max() == 0
+
+
+def test_bad_encoders_are_refused() -> None:
+    with pytest.raises(ValueError, match="unknown encoder 'vit'"):
+        encoder("vit", (1, 14, 14), seed=0)
+    with pytest.raises(ValueError, match="norm must be"):
+        ConvNet((1, 14, 14), norm="layer")
+    with pytest.raises(ValueError, match="at least one width"):
+        MLP((1, 14, 14), ())
+    with pytest.raises(ValueError, match="at least one number of channels"):
+        ConvNet((1, 14, 14), ())
+
+
+@pytest.mark.parametrize("norm", ["group", "batch", "none"])
+def test_a_convnet_differentiates_twice(norm: str) -> None:
+    torch.manual_seed(0)
+    net = ConvNet((1, 8, 8), (8, 16), norm=norm)
+    params = list(net.parameters())
+    grads = torch.autograd.grad(net(torch.rand(4, 1, 8, 8)).square().sum(), params, create_graph=True)
+    products = torch.autograd.grad(sum(g.square().sum() for g in grads), params)
+    assert all(bool(p.isfinite().all()) for p in products) and any(bool((p != 0).any()) for p in products)
+
+
+def test_the_probe_is_at_its_optimum_and_draws_nothing(blobs: Data) -> None:
+    before = torch.get_rng_state()
+    score = linear_probe(nn.Flatten(), blobs)
+    assert score == linear_probe(nn.Flatten(), blobs) and torch.equal(torch.get_rng_state(), before)
+    assert score.test > 95 and score.validation > 95
+
+
+def test_the_probe_agrees_with_scikit_learn(blobs: Data) -> None:
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
+    penalty, n = 0.1, len(blobs.train)
+    x = {k: s.images.flatten(1).double().numpy() for k, s in (("train", blobs.train), ("test", blobs.test))}
+    scaler = StandardScaler().fit(x["train"])
+    model = LogisticRegression(C=1 / (penalty * n), tol=1e-8, max_iter=1000)
+    model.fit(scaler.transform(x["train"]), blobs.train.labels.numpy())
+    expected = 100 * model.score(scaler.transform(x["test"]), blobs.test.labels.numpy())
+    assert linear_probe(nn.Flatten(), blobs, penalties=(penalty,)).test == pytest.approx(expected)
+
+
+def test_one_neighbour_is_the_nearest_by_cosine(blobs: Data) -> None:
+    train = F.normalize(blobs.train.images.flatten(1), dim=1)
+    test = F.normalize(blobs.test.images.flatten(1), dim=1)
+    guess = blobs.train.labels[(test @ train.T).argmax(1)]
+    expected = 100 * float((guess == blobs.test.labels).double().mean())
+    assert knn(nn.Flatten(), blobs, neighbours=(1,)).test == pytest.approx(expected)
+    with pytest.raises(ValueError, match="61 neighbours asked for, but there are 60 training images"):
+        knn(nn.Flatten(), blobs, neighbours=(61,))
+
+
+def test_fine_tuning_leaves_the_encoder_alone_and_chooses_on_validation(blobs: Data) -> None:
+    net = encoder("mlp", (1, 2, 2), widths=(8,), seed=0)
+    before = {name: p.clone() for name, p in net.named_parameters()}
+    score = fine_tune(net, blobs, learning_rates=(1e-6, 0.1), steps=60, batch_size=20)
+    assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
+    assert score.chosen == 0.1 and score.test > 90
+    with pytest.raises(ValueError, match="learning_rates needs at least one candidate, all positive"):
+        fine_tune(net, blobs, learning_rates=())
+
+
+def test_effective_rank_knows_collapse_and_full_spread() -> None:
+    assert effective_rank(torch.ones(10, 4)) == 1
+    line = torch.linspace(-1, 1, 11)[:, None] * torch.tensor([[1.0, 2.0, 3.0]])
+    assert effective_rank(line) == pytest.approx(1, abs=1e-5)
+    assert effective_rank(torch.cat([torch.eye(5), -torch.eye(5)])) == pytest.approx(5)
