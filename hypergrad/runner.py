@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -39,12 +39,16 @@ class Source:
     drawn: int = 0
     _iterator: Iterator[Any] | None = None
     _peeked: list[Any] | None = None
+    _last: list[Any] = field(default_factory=list)
 
     def next(self) -> Any:
         """Return the next batch."""
-        if self._peeked:
-            return self._peeked.pop()
-        return self._draw()
+        self._last = [self._peeked.pop() if self._peeked else self._draw()]
+        return self._last[0]
+
+    def recent(self) -> Any:
+        """Return the batch used last; before the first, the next one, which is not used up."""
+        return self._last[0] if self._last else self.peek()
 
     def peek(self) -> Any:
         """Return the next batch without using it up."""
@@ -128,7 +132,7 @@ class Runner:
         self.response = None if self.problem.response is None else self._functional(self.problem.response)
         method = self.problem.method
         self.opaque = not self._must_differentiate_optimizer()
-        self.bound = self._bind()
+        self.bound = self.bind()
         self.layout = self.bound.layout
         self.recording = self._plan(method)
 
@@ -149,15 +153,20 @@ class Runner:
         readers = [p for p in self.graph.problems.values() if self.name in self.graph.below(p.name)]
         return method.differentiates_optimizer or any(p.method is not None and p.method.perturbs for p in readers)
 
-    def _bind(self) -> Bound:
-        """Return the optimizer's present options bound to the variables that the loss uses."""
+    def bind(self, *, opaque: bool | None = None) -> Bound:
+        """Return the optimizer's present options bound to the variables that the loss uses.
+
+        Args:
+            opaque: read the weight decay alone; None where the problem's method needs no more.
+        """
+        opaque = self.opaque if opaque is None else opaque
         optimizer = self.problem.optimizer
         names = dict(self.problem.module.named_parameters())
-        view = from_torch(optimizer, names, opaque=self.opaque)
+        view = from_torch(optimizer, names, opaque=opaque)
         assert view.names is not None
         groups = tuple(
             (option, kept)
-            for option, group in zip(read_options(optimizer, opaque=self.opaque), view.names, strict=True)
+            for option, group in zip(read_options(optimizer, opaque=opaque), view.names, strict=True)
             if (kept := tuple(name for name in group if name in self.used))
         )
         order = [name for _, group in groups for name in group]
@@ -266,9 +275,9 @@ class Runner:
             return None
         index = self.window_size
         keeps = self.recording.keeps(index, self.problem.steps) or self.recording.tapes(index)
-        bound = self._bind()
+        bound = self.bind()
         step = Step(
-            recipe=self._recipe(bound),
+            recipe=self.recipe(bound),
             batch=Nested(batch, records) if records else batch,
             index=self.window_size,
             random=random,
@@ -401,7 +410,9 @@ class Runner:
             self.source.load_state_dict(state["data"])
         self.num_steps, self.warm, self.initial = state["num_steps"], dict(state["warm"]), state["initial"]
 
-    def _recipe(self, bound: Bound) -> Recipe:
+    def recipe(self, bound: Bound) -> Recipe:
+        """Return how this problem's steps are taken by `bound`."""
+
         def function_of(function: Any) -> Any:
             return lambda upper: self.network.call(function, upper)
 
