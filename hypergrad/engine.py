@@ -180,7 +180,7 @@ class Engine:
         """Return the batch of the problem's own step `index`: from its data, or its part of the level above's batch."""
         if runner.source is not None:
             return runner.source.next()
-        return runner.problem.select_from(self._batch(self._parent(runner.problem), 0), index)
+        return runner.problem.select_from(self._batch(self.parent(runner.problem), 0), index)
 
     def _batch(self, runner: Runner, index: int) -> Any:
         """Return the batch of the problem's present step, drawn when first asked for."""
@@ -198,9 +198,9 @@ class Engine:
                 f"batches. "
                 "Pass data=."
             )
-        return problem.select_from(self._first_batch(self._parent(problem).problem), 0)
+        return problem.select_from(self._first_batch(self.parent(problem).problem), 0)
 
-    def _parent(self, problem: Problem) -> Runner:
+    def parent(self, problem: Problem) -> Runner:
         """Return the problem of the level above whose batch this one shares: the first that reads it."""
         above = self.graph.levels[self.graph.level_of[problem.name] + 1]
         reader = next((p for p in above if problem.name in self.graph.reads[p.name].accessed), above[0])
