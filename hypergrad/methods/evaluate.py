@@ -143,19 +143,39 @@ def best_response(traj: Trajectory, upper: Mapping[str, Tensor], *, method: Meth
 
     def rule(end: Tensor, tensors: Sequence[Tensor], cotangent: Tensor) -> list[Tensor]:
         params = dict(zip(names, tensors, strict=True))
-        if in_transform() or torch.is_grad_enabled():
+        if method.differentiable and (in_transform() or torch.is_grad_enabled()):
             pulled = method.differentiable_vjp(traj, end, params, cotangent)
+        elif in_transform() or torch.is_grad_enabled():
+            return list(_Once.apply(once, cotangent, *tensors))  # type: ignore[no-untyped-call]
         else:
-            with untouched(traj.layout.device):
-                outcome = method.vjp(traj, as_params(params), cotangent.detach())
-            pulled = outcome.grad
-            if throw:
-                read(finite_code(outcome.result, cotangent.detach().sum(), pulled))
+            return once(cotangent, tensors)
         return [pulled[name] if name in pulled else torch.zeros_like(params[name]) for name in names]
 
-    function = _BestResponse if torch.compiler.is_compiling() else _BestResponseWithPush
-    flat: Tensor = function.apply(rule, traj.end_flat, *upper.values())  # type: ignore[no-untyped-call]
+    def once(cotangent: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+        params = as_params(dict(zip(names, tensors, strict=True)))
+        with untouched(traj.layout.device):
+            outcome = method.vjp(traj, params, cotangent.detach())
+        if throw and not in_transform():
+            read(finite_code(outcome.result, cotangent.detach().sum(), outcome.grad))
+        return [outcome.grad[name] if name in outcome.grad else torch.zeros_like(params[name]) for name in names]
+
+    if torch.compiler.is_compiling():
+        if _traced_in_transform():
+            raise ValueError(
+                "best_response inside torch.compile(torch.func.grad(f)) or another compiled transform: torch.compile would "
+                "drop its derivative without a word. Compile the plain function and call .backward() on its result, or "
+                "leave the transform uncompiled."
+            )
+        flat: Tensor = _BestResponse.apply(rule, traj.end_flat, *upper.values())  # type: ignore[no-untyped-call]
+    else:
+        flat = _BestResponseWithPush.apply(rule, traj.end_flat, *upper.values())  # type: ignore[no-untyped-call]
     return traj.named(flat)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _traced_in_transform() -> bool:
+    """Return whether the region that is being traced runs inside a `torch.func` transform."""
+    return torch._C._functorch.maybe_current_level() is not None
 
 
 Rule = Callable[[Tensor, Sequence[Tensor], Tensor], list[Tensor]]
@@ -188,11 +208,33 @@ class _BestResponseWithPush(_BestResponse):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
         end, *upper = ctx.saved_tensors
-        _, push = vjp(lambda c: tuple(ctx.rule(end, upper, c)), torch.zeros_like(end))
-        pushed: Tensor = push(
-            tuple(torch.zeros_like(u) if t is None else t for u, t in zip(upper, tangents[2:], strict=True))
-        )[0]
+        _, push = torch.func.vjp(lambda c: tuple(ctx.rule(end, upper, c)), torch.zeros_like(end))
+        directions = zip(upper, tangents[2:], strict=True)
+        pushed: Tensor = push(tuple(torch.zeros_like(u) if t is None else t for u, t in directions))[0]
         return pushed
+
+
+class _Once(torch.autograd.Function):
+    """A rule that has no derivative of its own: a second one is refused, not taken to be zero."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        once: Callable[[Tensor, Sequence[Tensor]], list[Tensor]], cotangent: Tensor, *upper: Tensor
+    ) -> tuple[Tensor, ...]:
+        return tuple(once(cotangent, upper))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(_ctx: Any, *_cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        raise ValueError(
+            "the rule of this best response cannot be differentiated, which second derivatives need. Use hg.Unrolled or "
+            "hg.Implicit for that level, or Engine(partial_hessian=True)."
+        )
 
 
 def check_arguments(traj: object, upper: Mapping[str, Tensor], method: object) -> None:
