@@ -314,11 +314,11 @@ class Engine:
         record.put(name, "result", int(result))
         if not result.is_breakdown:
             return True
-        where = f"hypergradient of problem {name!r} (level {self.graph.level_of[name]}) at step {self.num_steps}: "
+        where = f"hypergradient of problem {name!r} (level {self.graph.level_of[name]})"
         if self.on_breakdown == "raise":
-            raise SolveError(result, where)
-        if self.on_breakdown == "warn":
-            warnings.warn(where + result.message, RuntimeWarning, stacklevel=2)
+            raise SolveError(result, f"{where} at step {self.num_steps}: ")
+        if self.on_breakdown == "warn":  # without the step, so that the same warning is shown once
+            warnings.warn(f"{where}: {result.message}", RuntimeWarning, stacklevel=2)
             return True
         return False
 
