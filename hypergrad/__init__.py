@@ -3,8 +3,8 @@
 from hypergrad import callbacks, methods, optim, solvers
 from hypergrad._result import Result, SolveError, Stats
 from hypergrad.composite import Composite
+from hypergrad.diagnosis import Agreement, Diagnoses, Diagnosis, diagnose
 from hypergrad.engine import Engine
-from hypergrad.graph import detach
 from hypergrad.history import History, Record
 from hypergrad.methods import (
     SAMA,
@@ -22,6 +22,7 @@ from hypergrad.methods import (
     best_response,
     hypergradient,
 )
+from hypergrad.network import detach
 from hypergrad.problem import Problem
 from hypergrad.solvers import (
     CG,

@@ -14,12 +14,14 @@ from hypergrad._flat import Params
 from hypergrad._functional import RandomState, add, random_state, replaying, restore_random_state
 from hypergrad._result import Result, SolveError
 from hypergrad.callbacks.base import Callback
-from hypergrad.graph import Graph, Network, dry_reads, own
+from hypergrad.graph import Graph
 from hypergrad.history import History, Record
 from hypergrad.methods import Implicit, Penalty, Pulled, Reptile, ResponseMethod
 from hypergrad.methods.base import finite_code
+from hypergrad.network import Network, own
 from hypergrad.problem import Problem, loss_value
 from hypergrad.product_check import check_product
+from hypergrad.reads import dry_reads
 from hypergrad.runner import Runner
 from hypergrad.tasks import run_tasks
 from hypergrad.trajectory import Trajectory
@@ -95,7 +97,8 @@ class Engine:
                 batch = self._first_batch(problem)
                 self.graph.reads[problem.name] = dry_reads(self.network, problem, batch)
         self.graph.validate()
-        for runner in self.runners.values():
+        for name, runner in self.runners.items():
+            self.network.restrict(name, self.graph.reads[name].accessed)
             runner.prepare()
         if product_check:
             for runner in self.runners.values():
@@ -277,7 +280,9 @@ class Engine:
             def upper_loss(lower: Params, above: Params, at: Any) -> Tensor:
                 overrides = own(runner.name, lower) | above
                 value: Tensor = self.network.call(
-                    lambda models: loss_value(top.problem.loss, models, at, top.name)[0], overrides
+                    lambda models: loss_value(top.problem.loss, models, at, top.name)[0],
+                    overrides,
+                    reader=top.name,
                 )
                 return value
 

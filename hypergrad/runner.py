@@ -14,11 +14,12 @@ from torch import Tensor
 from hypergrad._flat import Layout, Params
 from hypergrad._functional import Loss, RandomState, random_state, restore_random_state, second_order
 from hypergrad.composite import Composite
-from hypergrad.graph import Graph, Network, functional_composite, own
+from hypergrad.graph import Graph
 from hypergrad.history import Record
 from hypergrad.methods import Method, ResponseMethod, best_response
+from hypergrad.network import Function, Network, own
 from hypergrad.optim import Bound, from_torch, read_options, read_state
-from hypergrad.problem import Problem, loss_value
+from hypergrad.problem import Problem, criterion_value, loss_value, penalty_value
 from hypergrad.trajectory import Recipe, Recording, Step, Trajectory
 
 
@@ -125,7 +126,7 @@ class Runner:
 
     def prepare(self) -> None:
         """Build what depends on the graph: layout, loss and recording."""
-        used = self.graph.reads[self.name].used
+        used = self.graph.used(self.name)
         self.used = {key: p for key, p in self.variables.items() if key in used}
         self.nested = [other for other in self.graph.below(self.name)]
         self.loss = self._functional(self.problem.loss)
@@ -175,17 +176,38 @@ class Runner:
     def _functional(self, loss: Any) -> Loss:
         """Return a problem's loss as a pure function (lower, upper, batch), its lower levels responding inside."""
         if isinstance(loss, Composite) and not self.nested:
-            return functional_composite(self.network, loss, self.name)
+            return self._composite(loss)
 
         def value(lower: Params, upper: Params, batch: Any) -> Tensor:
             overrides = own(self.name, lower) | upper
             if isinstance(batch, Nested):
                 overrides = self._respond(overrides, batch.records)
                 batch = batch.batch
-            scalar: Tensor = self.network.call(lambda models: loss_value(loss, models, batch, self.name)[0], overrides)
+            scalar: Tensor = self._call(lambda models: loss_value(loss, models, batch, self.name)[0], overrides)
             return scalar
 
         return value
+
+    def _call(self, function: Function, overrides: Params | None = None) -> Any:
+        """Return function(models), as this problem's functions see them; no buffer changes."""
+        return self.network.call(function, overrides, reader=self.name)
+
+    def _composite(self, loss: Composite) -> Composite:
+        """Return this problem's `Composite` as one over (lower, upper, batch), for Gauss-Newton products."""
+
+        def outputs(lower: Params, upper: Params, batch: Any) -> Tensor:
+            value: Tensor = self._call(lambda models: loss.outputs(models, batch), own(self.name, lower) | upper)
+            return value
+
+        def criterion(z: Tensor, upper: Params, batch: Any) -> Tensor:
+            value: Tensor = self._call(lambda models: criterion_value(loss, z, models, batch), upper)
+            return value
+
+        def penalty(lower: Params, upper: Params, batch: Any) -> Tensor:
+            value: Tensor = self._call(lambda models: penalty_value(loss, models, batch), own(self.name, lower) | upper)
+            return value
+
+        return Composite(outputs, criterion, None if loss.penalty is None else penalty)
 
     def _respond(self, overrides: Params, records: Mapping[str, Trajectory]) -> Params:
         """Return `overrides` with the responses of the lower levels, highest first, put in."""
@@ -237,7 +259,7 @@ class Runner:
         """Return the parameters at which the problem begins, as a function of `upper`."""
         start = self.problem.start
         assert start is not None
-        values = self.network.call(lambda models: dict(start(models)), upper)
+        values = self._call(lambda models: dict(start(models)), upper)
         missing = [key for key in self.variables if key not in values]
         if missing:
             raise ValueError(
@@ -316,7 +338,10 @@ class Runner:
 
     def _evaluate(self, batch: Any, overrides: Params) -> tuple[Tensor, dict[str, Any]]:
         value, metrics = self.network.call(
-            lambda models: loss_value(self.problem.loss, models, batch, self.name), overrides, owner=self.name
+            lambda models: loss_value(self.problem.loss, models, batch, self.name),
+            overrides,
+            reader=self.name,
+            owner=self.name,
         )
         if not value.requires_grad:
             raise ValueError(
@@ -348,7 +373,7 @@ class Runner:
         optimizer.zero_grad()
         self._set_grads(grad)
         with torch.no_grad():
-            hyper = {name: self.network.call(function) for name, function in problem.hyper.items()}
+            hyper = {name: self._call(function) for name, function in problem.hyper.items()}
         with _options(optimizer, hyper, self.name):
             if isinstance(optimizer, torch.optim.LBFGS):
                 optimizer.step(self._closure(again))  # type: ignore[no-untyped-call]
@@ -414,7 +439,7 @@ class Runner:
         """Return how this problem's steps are taken by `bound`."""
 
         def function_of(function: Any) -> Any:
-            return lambda upper: self.network.call(function, upper)
+            return lambda upper: self._call(function, upper)
 
         return Recipe(
             loss=self.loss,

@@ -18,8 +18,8 @@ from torch.utils import _pytree as pytree
 from hypergrad._flat import Params
 from hypergrad._functional import add, random_state, restore_random_state
 from hypergrad._result import Result
-from hypergrad.graph import Network, own
 from hypergrad.methods import Reptile, ResponseMethod
+from hypergrad.network import Network, own
 from hypergrad.problem import loss_value
 from hypergrad.runner import Runner
 from hypergrad.trajectory import Trajectory, descend
@@ -76,7 +76,7 @@ def _one_task(network: Network, top: Runner, members: Sequence[Runner]) -> OneTa
             for name, record in records.items():
                 overrides = overrides | own(name, record.named(at[name]))
             value, metrics = network.call(
-                lambda models: loss_value(top.problem.loss, models, batch, top.name), overrides
+                lambda models: loss_value(top.problem.loss, models, batch, top.name), overrides, reader=top.name
             )
             tensors = {k: torch.as_tensor(m, device=value.device).detach() for k, m in metrics.items()}
             return value, tensors
@@ -119,6 +119,7 @@ def _descend(network: Network, member: Runner, upper: Params, constants: Params,
         value: Tensor = network.call(
             lambda models: loss_value(problem.loss, models, batch, problem.name)[0],
             own(problem.name, lower) | u | constants,
+            reader=problem.name,
         )
         return value
 
@@ -127,7 +128,7 @@ def _descend(network: Network, member: Runner, upper: Params, constants: Params,
         return {key: values[key] for key in member.used}
 
     def function_of(function: Callable[[Any], Any]) -> Callable[[Params], Any]:
-        return lambda u: network.call(function, u | constants)
+        return lambda u: network.call(function, u | constants, reader=problem.name)
 
     method = problem.method
     return descend(

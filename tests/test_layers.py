@@ -28,6 +28,8 @@ LAYERS: dict[str, float] = {
     "product_check": 3.7,
     "methods": 4,
     "problem": 5,
+    "network": 5.3,
+    "reads": 5.5,
     "graph": 6,
     "runner": 6.5,
     "tasks": 6.6,

@@ -1,0 +1,295 @@
+"""How losses see the modules: as they stand, or with other values in the place of named parameters.
+
+A `Network` holds every problem's module without copying it. Each problem has a *view*: the modules that its functions
+read, under the problems' names. A view is evaluated by `torch.func.functional_call`, or directly where nothing is
+replaced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from hypergrad._flat import Params
+from hypergrad.problem import Problem
+
+Function = Callable[[Any], Any]
+"""What is evaluated on the models: models -> anything."""
+
+
+class Models(nn.Module):
+    """What a loss receives: the problems' modules under the problems' names."""
+
+    def __init__(self, modules: Mapping[str, nn.Module], reader: str = "", withheld: Iterable[str] = ()) -> None:
+        """Hold the modules, which stay the user's; reading a problem in `withheld` raises."""
+        super().__init__()
+        for name, module in modules.items():
+            self.add_module(name, module)
+        self._reader = reader
+        self._withheld = frozenset(withheld)
+
+    def forward(self, function: Function) -> Any:
+        """Return `function` of these models."""
+        return function(self)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self.__dict__.get("_withheld", ()):
+            reader = self.__dict__["_reader"]
+            raise ValueError(
+                f"problem {reader!r} reads {name!r}, which it did not on its first batch, when the graph was inferred. "
+                f"Name what it may read: Problem({reader!r}, reads=[{name!r}, ...])."
+            )
+        return super().__getattr__(name)
+
+
+class ReadingModels(Models):
+    """Models that note which problems are read."""
+
+    def __init__(self, modules: Mapping[str, nn.Module], seen: set[str]) -> None:
+        """Put the names of the problems read into `seen`."""
+        super().__init__(modules)
+        self.__dict__["_seen"] = seen
+
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)
+        if "_seen" in self.__dict__:
+            self.__dict__["_seen"].add(name)
+        return value
+
+
+@dataclass(frozen=True)
+class _View:
+    """The modules that one problem's functions read, and where in them parameters and buffers lie."""
+
+    models: Models
+    paths: Mapping[str, tuple[str, ...]]
+    """Names of parameters and buffers, "problem.name" -> every place in `models` that holds the same one."""
+    buffers: tuple[tuple[str, nn.Module, str, frozenset[str]], ...]
+    """Path, module and key of each buffer, and the problems whose module holds it."""
+    modules: tuple[nn.Module, ...]
+
+
+class Network:
+    """Evaluates functions of the models."""
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        """Hold the problems' modules, without copying them."""
+        self.problems = {p.name: p for p in problems}
+        self._variables = {p.name: p.variables() for p in problems}
+        self._modules = {p.name: p.module for p in problems}
+        self._whole = self._view(Models(self._modules))
+        self._views: dict[str, _View] = {}
+
+    def restrict(self, reader: str, names: Iterable[str]) -> None:
+        """Let the functions of `reader` read its own problem and `names`; reading another then raises."""
+        known = {reader, *names}
+        modules = {name: module for name, module in self._modules.items() if name in known}
+        self._views[reader] = self._view(Models(modules, reader, set(self._modules) - known))
+
+    def _view(self, models: Models) -> _View:
+        slots: dict[int, list[str]] = {}
+        buffers = []
+        for prefix, module in models.named_modules():
+            for key, parameter in module._parameters.items():
+                if parameter is not None:
+                    slots.setdefault(id(parameter), []).append(f"{prefix}.{key}")
+            for key, buffer in module._buffers.items():
+                if buffer is not None:
+                    owners = frozenset(
+                        n for n, p in self.problems.items() if any(m is module for m in p.module.modules())
+                    )
+                    buffers.append((f"{prefix}.{key}", module, key, owners))
+                    slots.setdefault(id(buffer), []).append(f"{prefix}.{key}")
+        paths: dict[str, tuple[str, ...]] = {}
+        for name, problem in self.problems.items():
+            tensors = [
+                *problem.module.named_parameters(remove_duplicate=False),
+                *problem.module.named_buffers(remove_duplicate=False),
+            ]
+            for key, tensor in tensors:
+                if id(tensor) in slots:
+                    paths[f"{name}.{key}"] = tuple(slots[id(tensor)])
+        return _View(models, paths, tuple(buffers), tuple(models.modules()))
+
+    def observe(self, function: Function, overrides: Params) -> tuple[Any, set[str]]:
+        """Return function(models) with `overrides` in place, and the names of the problems that it read."""
+        seen: set[str] = set()
+        view = self._view(ReadingModels(self._modules, seen))
+        seen.clear()
+        return _evaluate(view, function, overrides, None), seen
+
+    def call(
+        self,
+        function: Function,
+        overrides: Params | None = None,
+        *,
+        reader: str | None = None,
+        owner: str | None = None,
+    ) -> Any:
+        """Return function(models), with `overrides` in the place of parameters named "problem.parameter".
+
+        Tied parameters are replaced together, within a module and across problems. Buffers of every problem but `owner`
+        are cloned first, so that only their owner's own steps change them. Module modes are as before when it returns.
+
+        Args:
+            function: of the models.
+            overrides: parameters and buffers by "problem.name"; those that `reader` does not read are left out.
+            reader: the problem whose function it is; it sees the problems that it reads. None for all.
+            owner: the problem whose buffers this call may change, or None.
+        """
+        view = self._whole if reader is None else self._views.get(reader, self._whole)
+        return _evaluate(view, function, overrides or {}, owner)
+
+    def variables(self, name: str) -> Params:
+        """Return the problem's variables as they are, detached, under "problem.parameter"."""
+        return {f"{name}.{key}": p.detach() for key, p in self._variables[name].items()}
+
+
+def _evaluate(view: _View, function: Function, overrides: Params, owner: str | None) -> Any:
+    """Return function(models) with `overrides` in place, modes and foreign buffers as before."""
+    values: Params = {}
+    for name, tensor in overrides.items():
+        for path in view.paths.get(name, ()):
+            values[path] = tensor
+    clones: dict[int, Tensor] = {}
+    for path, module, key, owners in view.buffers:
+        if owner is None or owner not in owners:
+            buffer = values.get(path, module._buffers[key])
+            if buffer is not None:
+                if id(buffer) not in clones:
+                    clones[id(buffer)] = buffer.clone()
+                values[path] = clones[id(buffer)]
+    with _same_modes(view.modules):
+        if not values:
+            return function(view.models)
+        return functional_call(view.models, values, (function,), tie_weights=False)
+
+
+@contextlib.contextmanager
+def _same_modes(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Put the modules' training flags back when the body has run."""
+    if torch.compiler.is_compiling():
+        yield
+        return
+    modes = [module.training for module in modules]
+    try:
+        yield
+    finally:
+        for module, training in zip(modules, modes, strict=True):
+            if module.training != training:
+                module.training = training
+
+
+_TENSORS = frozenset({"parameters", "buffers"})
+_NAMED_TENSORS = frozenset({"named_parameters", "named_buffers"})
+_MODULES = frozenset({"children", "modules", "get_submodule", "values", "named_children", "named_modules", "items"})
+
+
+class Detached:
+    """A module read as a constant: calls, submodules, methods and parameters carry no gradient to its parameters."""
+
+    def __init__(self, module: nn.Module) -> None:
+        """View `module`."""
+        self.__dict__["_module"] = module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the module's outputs with its parameters held constant."""
+        return self._calling(lambda module: module(*args, **kwargs))
+
+    def __getattr__(self, name: str) -> Any:
+        """Return the attribute of the module, cut off likewise."""
+        value = getattr(self.__dict__["_module"], name)
+        if name in _TENSORS | _NAMED_TENSORS | _MODULES or name in ("get_parameter", "get_buffer"):
+            return lambda *args, **kwargs: _cut_lazily(value(*args, **kwargs))
+        if callable(value) and not isinstance(value, nn.Module):
+            return lambda *args, **kwargs: self._calling(lambda module: getattr(module, name)(*args, **kwargs))
+        return _cut(value)
+
+    def __getitem__(self, key: Any) -> Any:
+        """Return an entry of a container module, cut off likewise."""
+        return _cut(self.__dict__["_module"][key])
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield the entries of a container module, cut off likewise."""
+        return (_cut(entry) for entry in self.__dict__["_module"])
+
+    def __len__(self) -> int:
+        """Return the number of entries of a container module."""
+        return len(self.__dict__["_module"])
+
+    def __contains__(self, key: Any) -> bool:
+        """Return whether a container module has this entry."""
+        return key in self.__dict__["_module"]
+
+    def _calling(self, function: Function) -> Any:
+        module: nn.Module = self.__dict__["_module"]
+        constants = {f"module.{name}": p.detach() for name, p in module.named_parameters()}
+        applied = _Applied(module)
+        outcome = functional_call(applied, constants, (function,)) if constants else applied(function)
+        return Detached(outcome) if isinstance(outcome, nn.Module) else outcome
+
+
+class _Applied(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, function: Function) -> Any:
+        return function(self.module)
+
+
+def _cut(value: Any) -> Any:
+    """Return what a detached module's attribute may show: tensors detached, modules as `Detached`; containers too."""
+    if isinstance(value, nn.Module):
+        return Detached(value)
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, tuple) and not hasattr(value, "_fields"):
+        return tuple(_cut(entry) for entry in value)
+    if isinstance(value, list):
+        return [_cut(entry) for entry in value]
+    if isinstance(value, dict):
+        return {key: _cut(entry) for key, entry in value.items()}
+    return value
+
+
+def _cut_lazily(value: Any) -> Any:
+    """Return the same for what a module's own listing returned, which may be an iterator."""
+    if isinstance(value, (nn.Module, Tensor)):
+        return _cut(value)
+    return (_cut(entry) for entry in value)
+
+
+def detach(model: nn.Module) -> Detached:
+    """Return `models.<name>` as a constant for one read: `hg.detach(models.teacher)(x)` carries no gradient to it.
+
+    Args:
+        model: a problem's module as a loss receives it, or one of its submodules.
+
+    Raises:
+        ValueError: for anything but a module.
+
+    Example:
+        >>> import torch, hypergrad as hg
+        >>> net = torch.nn.Linear(2, 1)
+        >>> hg.detach(net)(torch.ones(2)).requires_grad
+        False
+    """
+    if isinstance(model, Detached):
+        return model
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"detach takes a module such as models.<name>, got {type(model).__name__}. Use .detach() on tensors."
+        )
+    return Detached(model)
+
+
+def own(name: str, params: Mapping[str, Tensor]) -> Params:
+    """Return `params` under the names that the network uses: "problem.parameter"."""
+    return {f"{name}.{key}": value for key, value in params.items()}

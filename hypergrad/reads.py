@@ -1,0 +1,101 @@
+"""What each problem's functions read, found out by one dry call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hypergrad._flat import Params
+from hypergrad._functional import untouched
+from hypergrad.network import Function, Network
+from hypergrad.problem import Problem, loss_value
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What one problem's functions read, apart from the problem itself."""
+
+    accessed: frozenset[str]
+    """Problems that any of its functions touched."""
+    connected: frozenset[str]
+    """Problems on whose variables the loss, the response or the hyperparameters depend; not those with `detach`."""
+    started: frozenset[str]
+    """Problems on whose variables `start` depends, itself included."""
+    touched_by_start: frozenset[str]
+    keys: frozenset[str]
+    """All variables, as "problem.parameter", on which any of its functions depends."""
+
+
+def dry_reads(network: Network, problem: Problem, batch: Any) -> Reads:
+    """Return what the problem reads; RNG, buffers, modes and gradients are left as they were.
+
+    Each function is called once, on variables that are leaves of their own; it depends on what a gradient reaches.
+
+    Raises:
+        ValueError: if the loss is not a scalar, or `reads` names no problem.
+    """
+    name = problem.name
+    leaves: Params = {}
+    for other in network.problems:
+        leaves.update({key: v.requires_grad_() for key, v in network.variables(other).items()})
+    accessed: set[str] = set()
+
+    def connections(function: Function) -> tuple[set[str], set[str]]:
+        with torch.enable_grad():
+            value, seen = network.observe(function, leaves)
+            total = _total(value)
+        accessed.update(seen)
+        if total is None or not total.requires_grad:
+            return set(), seen
+        grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+        return {key for key, g in zip(leaves, grads, strict=True) if g is not None}, seen
+
+    with untouched(next(iter(leaves.values())).device):
+        keys, _ = connections(lambda models: loss_value(problem.loss, models, batch, name)[0])
+        if problem.response is not None:
+            response = problem.response
+            keys |= connections(lambda models: loss_value(response, models, batch, name)[0])[0]
+        for function in problem.hyper.values():
+            keys |= connections(function)[0]
+        started, touched = (set[str](), set[str]()) if problem.start is None else connections(problem.start)
+    connected = _owners(keys) | _named(network, problem)
+    constants = {other for other, p in network.problems.items() if p.detach and other != name}
+    return Reads(
+        accessed=frozenset((accessed | _named(network, problem)) - {name}),
+        connected=frozenset(connected - constants - {name}),
+        started=frozenset(_owners(started) - constants),
+        touched_by_start=frozenset(touched),
+        keys=frozenset(keys | started),
+    )
+
+
+def _owners(keys: set[str]) -> set[str]:
+    return {key.split(".", 1)[0] for key in keys}
+
+
+def _named(network: Network, problem: Problem) -> set[str]:
+    """Return the problems that the user says it reads."""
+    named = set(problem.reads or ())
+    unknown = sorted(named - set(network.problems))
+    if unknown:
+        raise ValueError(
+            f"problem {problem.name!r}: reads={list(problem.reads or ())} names {unknown}, which are no problems; they "
+            f"are {list(network.problems)}."
+        )
+    return named
+
+
+def _total(value: Any) -> Tensor | None:
+    """Return the sum of all tensors in a loss, a dict or a list; None if there is none that is floating-point."""
+    if isinstance(value, Tensor):
+        return value.sum() if value.is_floating_point() else None
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if not isinstance(value, (list, tuple)):
+        return None
+    totals = [t for t in map(_total, value) if t is not None and t.requires_grad]
+    return torch.stack([t.to(torch.float64) for t in totals]).sum() if totals else None
