@@ -35,7 +35,7 @@ LAYERS: dict[str, float] = {
     "tasks": 6.6,
     "engine": 7.6,
     "callbacks": 7.5,
-    "diagnose": 7.7,
+    "diagnosis": 7.7,
     "bench": 8,
     "testing": 9,
 }
