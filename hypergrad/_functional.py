@@ -14,7 +14,7 @@ import contextlib
 import inspect
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -38,15 +38,27 @@ def in_transform() -> bool:
 
 def arity(function: Callable[..., Any], default: int) -> int:
     """Return how many positional arguments `function` takes, `default` where that cannot be told."""
+    called = function.forward if isinstance(function, nn.Module) else function
     try:
-        parameters = inspect.signature(function).parameters.values()
+        parameters = inspect.signature(called).parameters.values()
     except (TypeError, ValueError):
         return default
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return default
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    required = [p for p in positional if p.default is p.empty]
-    return default if len(required) <= default <= len(positional) else len(required)
+    required, most = sum(p.default is p.empty for p in positional), len(positional)
+    if most <= default:
+        return most
+    return default if required == default else required  # F.mse_loss takes two, and options after them
+
+
+def second_name(function: Callable[..., Any]) -> str | None:
+    """Return the name of the second parameter of `function`, None where there is none or it cannot be told."""
+    try:
+        names = list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return None
+    return names[1] if len(names) > 1 else None
 
 
 def scalar(value: Any, what: str) -> Tensor:
@@ -138,18 +150,29 @@ class _StandIns:
         self._frames: list[list[tuple[nn.Module, str, Tensor]]] = []
         self._inside: set[int] = set()
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> _StandIns:
+        self.watch()
+        _open.append(self)
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        _open.remove(self)
+        self.look_away()
+        while self._frames:
+            self._restore(self._frames.pop())
+
+    def watch(self) -> None:
+        """Be called around every module's forward."""
         hooks = nn.modules.module
         self._handles = (
             hooks.register_module_forward_pre_hook(self._enter_module),
             hooks.register_module_forward_hook(self._leave_module, always_call=True),
         )
 
-    def __exit__(self, *_exception: object) -> None:
+    def look_away(self) -> None:
+        """Undo `watch`."""
         for handle in self._handles:
             handle.remove()
-        while self._frames:
-            self._restore(self._frames.pop())
 
     def _enter_module(self, module: nn.Module, _args: Any) -> None:
         swapped: list[tuple[nn.Module, str, Tensor]] = []
@@ -189,6 +212,64 @@ class _StandIns:
                 self._latest[id(buffer)] = (buffer, copy, copy._version)
                 self._copies[id(copy)] = copy
             module._buffers[name] = buffer
+
+
+_open: list[_StandIns] = []
+"""Those whose context has been entered and not left, outermost first."""
+
+
+def called_modules(function: Callable[[], Any]) -> set[nn.Module]:
+    """Return the modules that `function` calls directly, not through others; it runs on copies of their buffers."""
+    called: set[nn.Module] = set()
+    depth = 0
+
+    def enter(module: nn.Module, _args: Any) -> None:
+        nonlocal depth
+        if depth == 0:
+            called.add(module)
+        depth += 1
+
+    def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
+        nonlocal depth
+        depth -= 1
+
+    hooks = nn.modules.module
+    with _StandIns(), _modes_restored():
+        handles = (
+            hooks.register_module_forward_pre_hook(enter),
+            hooks.register_module_forward_hook(leave, always_call=True),
+        )
+        try:
+            function()
+        finally:
+            for handle in handles:
+                handle.remove()
+    return called
+
+
+@contextlib.contextmanager
+def on_copies(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Run the body with `modules` on copies of their buffers, and with no hooks of ours, which would be compiled too."""
+    stand_ins, modules = _StandIns(), list(modules)
+    found = {inner: inner.training for module in modules for inner in module.modules()}
+    patched, nn.Module.train = nn.Module.train, _train  # type: ignore[method-assign]
+    for other in _open:
+        other.look_away()
+    for module in modules:
+        stand_ins._enter_module(module, ())
+    try:
+        yield
+    finally:
+        for module in reversed(modules):
+            stand_ins._leave_module(module, (), None)
+        for other in _open:
+            other.watch()
+        nn.Module.train = patched  # type: ignore[method-assign]
+        for inner, training in found.items():
+            inner.training = training
+
+
+_train = nn.Module.train
 
 
 @contextlib.contextmanager
@@ -313,7 +394,7 @@ class TransformTape(Tape):
         """Evaluate `residual` once."""
         self._residual, self._lower, self._upper = residual, lower, upper
         self._push: Callable[[Tensor], tuple[Tensor]] | None = None
-        with second_order():
+        with second_order(), explained_transform():
             self.value, self._pullback = vjp(lambda w: residual(w, upper), lower)
 
     def pull_lower(self, cotangent: Tensor) -> Tensor:
@@ -378,6 +459,24 @@ def explained_grad(
                 "the math backend), or use a method that needs none: hg.FiniteDifference, hg.SAMA or hg.Penalty."
             ) from error
         raise
+
+
+@contextlib.contextmanager
+def explained_transform() -> Iterator[None]:
+    """Turn the errors with which `torch.func` refuses code into a ValueError that names the remedy."""
+    if torch.compiler.is_compiling():
+        yield
+        return
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if not any(mark in text for mark in ("functorch transform", "torch.func", "saved tensor hooks", "vmap")):
+            raise
+        raise ValueError(
+            f"the lower loss cannot run inside torch.func transforms: {text} Outside transforms (a plain call of "
+            "hg.hypergradient, and .backward() through hg.best_response) it is taped by autograd, which takes it."
+        ) from error
 
 
 def named(template: Params, tensors: Sequence[Tensor | None]) -> Params:

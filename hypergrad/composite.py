@@ -43,6 +43,13 @@ class Composite:
     criterion: Callable[..., Tensor]
     penalty: Callable[..., Tensor] | None = None
 
+    def __post_init__(self) -> None:
+        """Check that the parts are functions."""
+        for name in ("outputs", "criterion", "penalty"):
+            part = getattr(self, name)
+            if not callable(part) and not (name == "penalty" and part is None):
+                raise ValueError(f"Composite: {name} must be a function, got {part!r}.")
+
     def criterion_at(self, outputs: Tensor, upper: Params, batch: Any) -> Tensor:
         """Return the criterion at `outputs`."""
         if arity(self.criterion, 3) == 2:

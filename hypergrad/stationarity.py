@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from hypergrad._compiled import Compile, CompiledTape, compiled_gradient
 from hypergrad._flat import Layout, Params
 from hypergrad._functional import (
     RandomState,
@@ -99,6 +100,7 @@ def linearize(
     curvature: Curvature = "hessian",
     kind: TapeKind = "auto",
     at: Tensor | None = None,
+    compile: Compile = False,
 ) -> Linearization:
     """Return the stationarity condition of `trajectory` linearized at its end.
 
@@ -112,12 +114,17 @@ def linearize(
         curvature: "hessian", or "gauss_newton" for a `Composite` loss.
         kind: which tape; "auto" takes `torch.func` inside transforms and eager autograd elsewhere.
         at: a lower solution connected to `upper`; the products then stay differentiable in both.
+        compile: compile the gradient and its products; for a loss, not a root, under curvature "hessian".
     """
     responding = Responding.of(trajectory, over)
     samples = _samples(trajectory, batches)
     point = responding.select(trajectory.end_flat if at is None else at)
-    condition = stationarity(trajectory, responding, samples)
-    condition_tape = tape(condition, point, upper, kind=kind, differentiable=at is not None)
+    if compile:
+        compiled = compiled_stationarity(trajectory, responding, samples, compile)
+        condition_tape: Tape = CompiledTape(compiled, point, upper)
+    else:
+        condition = stationarity(trajectory, responding, samples)
+        condition_tape = tape(condition, point, upper, kind=kind, differentiable=at is not None)
     if curvature == "gauss_newton":
         operator = _gauss_newton(trajectory, responding, samples, point, upper, kind)
     else:
@@ -151,6 +158,35 @@ def stationarity(trajectory: Trajectory, responding: Responding, samples: Sequen
 
     def condition(part: Tensor, upper: Params) -> Tensor:
         grad = gradient(lambda w: mean_loss(w, upper), part, create_graph=True)
+        return _with_decay(trajectory, responding, grad, part, upper)
+
+    return condition
+
+
+def compiled_stationarity(
+    trajectory: Trajectory, responding: Responding, samples: Sequence[Sample], compile: Compile
+) -> Residual:
+    """Return F likewise, its gradient compiled.
+
+    Raises:
+        ValueError: by F, for a root, and for a loss that draws random numbers or cannot be compiled.
+    """
+    loss = trajectory.response or trajectory.loss
+    if loss is None:
+        raise ValueError(
+            "compile=True serves lower losses; this lower level is the root of a map (solved_root). Use compile=False."
+        )
+
+    def condition(part: Tensor, upper: Params) -> Tensor:
+        grad = compiled_gradient(
+            loss,
+            part,
+            upper,
+            [batch for batch, _ in samples],
+            layout=responding.layout,
+            constants=responding.constants,
+            compile=compile,
+        )
         return _with_decay(trajectory, responding, grad, part, upper)
 
     return condition

@@ -7,25 +7,28 @@ methods) and the *step map* that led to it (for unrolled ones). Both are pure fu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from hypergrad._compiled import Compile, compiled_gradient
 from hypergrad._flat import Layout, Params, as_params, check_params, constant
 from hypergrad._functional import (
     Loss,
     RandomState,
     arity,
     explained_grad,
+    explained_transform,
     gradient,
     in_transform,
     named,
     random_state,
     replaying,
     scalar,
+    second_name,
     second_order,
     untouched,
     vjp,
@@ -57,7 +60,7 @@ class Recipe:
     def hyper_values(self, upper: Params, index: int) -> dict[str, Any]:
         """Return the optimizer's hyperparameters that are functions of `upper`, at step `index` of the run."""
         return {
-            name: function(upper, index) if arity(function, 1) == 2 else function(upper)
+            name: function(upper, index) if takes_step(function) else function(upper)
             for name, function in self.hyper.items()
         }
 
@@ -69,7 +72,9 @@ class Recipe:
             grad = clip_value(grad, self.clip_value)
         flat, states = self.optimizer.update(flat, grad, states, self.hyper_values(upper, index))
         if self.project is not None:
-            flat = self.layout.ravel(self.project(self.layout.unravel(flat)))
+            projected = self.project(self.layout.unravel(flat))
+            self.layout.check_like(projected, "the result of project")
+            flat = self.layout.ravel(projected)
         return flat, states
 
 
@@ -108,11 +113,18 @@ class Step:
             return self.recipe.update(flat, grad, states, upper, self.index)
 
     def pull(
-        self, flat: Tensor, states: States, upper: Params, cotangents: tuple[Tensor, States]
+        self,
+        flat: Tensor,
+        states: States,
+        upper: Params,
+        cotangents: tuple[Tensor, States],
+        *,
+        compile: Compile = False,
     ) -> tuple[Tensor, States, Params]:
         """Return the cotangents of (flat, states, upper) from those of the step's outcome.
 
-        One evaluation of the gradient and one product; where the gradient was taped, the product alone.
+        One evaluation of the gradient and one product; where the gradient was taped, the product alone. `compile` compiles
+        both; the optimizer's update stays eager, so that its step count may be a Python number.
         """
         if in_transform():
             return self._pull_by_transform(flat, states, upper, cotangents)
@@ -124,7 +136,7 @@ class Step:
                     flat.detach().requires_grad_(),
                     {n: u.detach().requires_grad_() for n, u in upper.items()},
                 )
-                grad = self.gradient(leaf, leaves, create_graph=True)
+                grad = self._taped_gradient(leaf, leaves, compile)
             else:
                 (leaf, leaves), grad = self.leaves, self.taped
             new, new_states = self.recipe.update(leaf, grad, _with_tensors(states, tensors), leaves, self.index)
@@ -138,6 +150,14 @@ class Step:
             torch.zeros_like(x) if p is None else p for x, p in zip(inputs[: 1 + len(tensors)], pulled, strict=False)
         ]
         return known[0], _with_tensors(states, known[1:]), named(leaves, pulled[1 + len(tensors) :])
+
+    def _taped_gradient(self, flat: Tensor, upper: Params, compile: Compile) -> Tensor:
+        if not compile:
+            return self.gradient(flat, upper, create_graph=True)
+        recipe = self.recipe
+        return compiled_gradient(
+            recipe.loss, flat, upper, [self.batch], layout=recipe.layout, constants={}, compile=compile
+        )
 
     def linear(self, flat: Tensor, states: States, upper: Params) -> Callable[..., tuple[Tensor, list[Tensor]]]:
         """Return the step map's derivative: (flat tangent, state tangents, upper tangents) -> those of the outcome.
@@ -186,7 +206,7 @@ class Step:
             new, new_states = self.advance(w, _with_tensors(states, s), u, create_graph=True)
             return new, state_tensors(new_states)
 
-        with second_order():
+        with second_order(), explained_transform():
             _, pullback = vjp(step, flat, state_tensors(states), upper)
         flat_bar, tensors_bar, upper_bar = pullback((bar, state_tensors(state_bars)))
         return flat_bar, _with_tensors(states, tensors_bar), upper_bar
@@ -223,6 +243,7 @@ class Trajectory:
         end_states: the optimizer's states after the last step.
         start: the function of `upper` at which the run began, or None where it began at constants.
         response: a loss used instead of `loss` in the implicit system, or None.
+        upper_layout: names and shapes of the upper parameters of the run, None where it came from elsewhere.
         batch, random: the batch and the random draws of a solution that came from elsewhere.
     """
 
@@ -235,6 +256,7 @@ class Trajectory:
     end_states: States = ()
     start: Callable[[Params], Params] | None = None
     response: Loss | None = None
+    upper_layout: Layout | None = None
     batch: Any = None
     random: RandomState | None = None
 
@@ -273,11 +295,7 @@ class Trajectory:
         while stop > first:
             begin = next((k for k in range(stop - 1, -1, -1) if self.steps[k].flat is not None), None)
             if begin is None:
-                raise ValueError(
-                    f"the record of this run was thinned and does not reach back to step {first}. Record it for the "
-                    f"method "
-                    "that reads it: descend(..., recording=method.recording(num_steps))."
-                )
+                raise ValueError(_thinned(first))
             begins = [self._began(begin)]
             for step in self.steps[begin : stop - 1]:
                 begins.append(step.advance(*begins[-1], upper))
@@ -312,8 +330,16 @@ class Trajectory:
 
     def _began(self, index: int) -> tuple[Tensor, States]:
         step = self.steps[index]
-        assert step.flat is not None and step.states is not None
+        if step.flat is None or step.states is None:
+            raise ValueError(_thinned(index))
         return step.flat, step.states
+
+
+def _thinned(index: int) -> str:
+    return (
+        f"the record of this run was thinned and does not reach back to step {index}. Record it for the method that "
+        "reads it: descend(..., recording=method.recording(num_steps))."
+    )
 
 
 def descend(
@@ -377,8 +403,11 @@ def descend(
     check_params(lower, "lower")
     check_params(upper, "upper")
     for option, bound in (("clip_norm", clip_norm), ("clip_value", clip_value)):
-        if bound is not None and not bound > 0:
-            raise ValueError(f"{option} must be positive, got {bound}; leave it None for no clipping.")
+        if bound is not None and not (isinstance(bound, int | float) and bound > 0):
+            raise ValueError(f"{option} must be a positive number, got {bound!r}; leave it None for no clipping.")
+    _check_functions(lower_loss=lower_loss, start=start, project=project, response=response, **dict(hyper or {}))
+    if recording is not None and not isinstance(recording, Recording):
+        raise ValueError(f"recording must come from method.recording(num_steps), got {recording!r}.")
     batches = _as_list(batches)
     constants = as_params(upper)
     initial = as_params(lower)
@@ -391,7 +420,7 @@ def descend(
     steps: list[Step] = []
     with untouched(layout.device):
         flat = constant(layout.ravel(begun))
-        states = bound_optimizer.init(flat) if state is None else state
+        states = bound_optimizer.init(flat) if state is None else _continued(state, bound_optimizer, flat)
         for index, batch in enumerate(batches):
             step = Step(recipe, batch, index, random_state(layout.device))
             step, flat, states = take(step, flat, states, constants, recording, len(batches))
@@ -405,6 +434,7 @@ def descend(
         end_states=states,
         start=start,
         response=response,
+        upper_layout=Layout.of(constants, what="upper"),
     )
 
 
@@ -477,7 +507,9 @@ def _given(
     root: Root | None = None,
     response: Loss | None = None,
 ) -> Trajectory:
-    layout = Layout.of(as_params(lower) if isinstance(lower, Mapping) else lower)
+    check_params(lower, "lower")
+    _check_functions(**({"lower_loss": loss, "response": response} if root is None else {"F": root}))
+    layout = Layout.of(as_params(lower))
     return Trajectory(
         layout=layout,
         end_flat=constant(layout.ravel(as_params(lower))),
@@ -488,6 +520,11 @@ def _given(
         batch=batch,
         random=random_state(layout.device),
     )
+
+
+def takes_step(function: HyperFunction) -> bool:
+    """Return whether a hyperparameter's function is to be given the step's index as its second argument."""
+    return arity(function, 1) == 2 or second_name(function) == "step"
 
 
 def state_tensors(states: States) -> list[Tensor]:
@@ -504,7 +541,8 @@ def _with_tensors(states: States, tensors: list[Tensor]) -> States:
 
 
 def _as_list(batches: Iterable[Any]) -> list[Any]:
-    if isinstance(batches, Mapping) or not isinstance(batches, Iterable):
+    scalar_tensor = isinstance(batches, Tensor) and batches.dim() == 0
+    if isinstance(batches, Mapping | str | bytes) or not isinstance(batches, Iterable) or scalar_tensor:
         raise ValueError(
             f"batches must be a sequence with one entry per lower step, got {type(batches).__name__}. "
             "For one batch b and K steps pass [b] * K."
@@ -516,6 +554,35 @@ def _as_list(batches: Iterable[Any]) -> list[Any]:
             "for a solution that came from elsewhere."
         )
     return listed
+
+
+def _check_functions(**functions: Any) -> None:
+    """Raise a ValueError that names the first argument that is neither a function nor absent."""
+    for name, function in functions.items():
+        absent = function is None and name not in ("lower_loss", "F")
+        if not callable(function) and not absent:
+            raise ValueError(f"{name} must be a function, got {type(function).__name__}.")
+
+
+def _continued(state: Any, optimizer: Bound, flat: Tensor) -> States:
+    """Return `state` if it is one of this optimizer on these parameters."""
+    fresh = optimizer.init(flat)
+    fits = isinstance(state, Sequence) and len(state) == len(fresh)
+    fits = fits and all(isinstance(s, Mapping) and set(s) == set(f) for s, f in zip(state, fresh, strict=True))
+    if not fits:
+        kept = [sorted(f) for f in fresh]
+        raise ValueError(
+            f"state does not belong to this optimizer, which keeps {kept} for its groups. Pass traj.state of a run "
+            "with the same optimizer and parameters, or None."
+        )
+    for given, expected in zip(state, fresh, strict=True):
+        for key, value in expected.items():
+            if isinstance(value, Tensor) and key != "step" and given[key].shape != value.shape:
+                raise ValueError(
+                    f"state[{key!r}] has shape {tuple(given[key].shape)}, this run needs {tuple(value.shape)}. Pass "
+                    "traj.state of a run on the same parameters, or None."
+                )
+    return tuple(state)
 
 
 def _started(start: Callable[[Params], Params], upper: Params, template: Params) -> Params:

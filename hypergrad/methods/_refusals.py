@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -17,6 +18,15 @@ def check_option(holds: bool, owner: str, option: str, value: Any, expected: str
     """Raise a ValueError that names the option unless `holds`."""
     if not holds:
         raise ValueError(f"{owner}: {option} must be {expected}, got {value!r}.")
+
+
+def check_number(owner: str, option: str, value: Any, *, zero: bool = False, none: bool = False) -> None:
+    """Raise a ValueError unless `value` is a finite number above 0 (or 0, or None, where these are allowed)."""
+    if (none and value is None) or (zero and isinstance(value, Tensor)):
+        return
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    expected = f"{'None or ' if none else ''}a finite number {'>=' if zero else '>'} 0"
+    check_option(number and (value >= 0 if zero else value > 0), owner, option, value, expected)
 
 
 def check_run(method: Method, trajectory: Trajectory, why: str) -> None:
@@ -59,7 +69,16 @@ def check_fixed_point(
             f"the "
             "lower level, so its derivative here would be zero. Use hg.Unrolled or hg.ForwardUnrolled."
         )
-    if decoupled == "refuse" and recipe.optimizer.is_decoupled():
+    apart = recipe.optimizer.decay(recipe.hyper_values(upper, last.index)).decoupled
+    is_decoupled = recipe.optimizer.is_decoupled() or isinstance(apart, Tensor)
+    moved = is_decoupled and "weight_decay" in recipe.hyper
+    if moved and _depends_on_upper(recipe.hyper_values, ["weight_decay"], upper, last.index):
+        raise ValueError(
+            f"{name}: the optimizer's decoupled weight decay (AdamW) is a function of the upper parameters; how it "
+            "moves the fixed point depends on the preconditioner. Use hg.Unrolled, or coupled decay (Adam with "
+            "weight_decay)."
+        )
+    if decoupled == "refuse" and is_decoupled:
         raise ValueError(
             f"{name}: the lower optimizer has decoupled weight decay (AdamW), whose fixed point depends on the "
             f"optimizer's "
@@ -87,6 +106,8 @@ def check_initial(method: Method, state: Tensor | None, like: Tensor, *, warm_st
         raise ValueError(
             f"{type(method).__name__}: state was given, but warm_start is False. Construct it with warm_start=True."
         )
+    if not isinstance(state, Tensor):
+        raise ValueError(f"{type(method).__name__}: state must be the h.state of an earlier call, got {state!r}.")
     if state.shape != like.shape:
         raise ValueError(
             f"{type(method).__name__}: state has shape {tuple(state.shape)}, this solve needs {tuple(like.shape)}. "

@@ -69,6 +69,9 @@ class Method(ABC):
         """Return which states of a run of `num_steps` this method reads."""
         return Recording()
 
+    def check_functional(self) -> None:  # noqa: B027 - nothing to check is a fine answer
+        """Raise a ValueError for options that only an engine can serve."""
+
     @abstractmethod
     def total(
         self, upper_loss: UpperLoss, trajectory: Trajectory, upper: Params, batch: Any, state: Tensor | None

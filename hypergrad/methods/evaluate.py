@@ -94,6 +94,9 @@ def hypergradient(
         tensor([2., 2.])
     """
     check_arguments(traj, upper, method)
+    method.check_functional()
+    if not callable(upper_loss):
+        raise ValueError(f"upper_loss must be a function (lower, upper, batch) -> scalar, got {upper_loss!r}.")
     if throw and in_transform():
         raise ValueError(
             "throw=True reads the solve's result back, which is not possible inside torch.func transforms or "
@@ -162,9 +165,9 @@ def best_response(traj: Trajectory, upper: Mapping[str, Tensor], *, method: Meth
     if torch.compiler.is_compiling():
         if _traced_in_transform():
             raise ValueError(
-                "best_response inside torch.compile(torch.func.grad(f)) or another compiled transform: torch.compile would "
-                "drop its derivative without a word. Compile the plain function and call .backward() on its result, or "
-                "leave the transform uncompiled."
+                "best_response inside torch.compile(torch.func.grad(f)) or another compiled transform: torch.compile "
+                "would drop its derivative without a word. Compile the plain function and call .backward() on its "
+                "result, or leave the transform uncompiled."
             )
         flat: Tensor = _BestResponse.apply(rule, traj.end_flat, *upper.values())  # type: ignore[no-untyped-call]
     else:
@@ -208,7 +211,7 @@ class _BestResponseWithPush(_BestResponse):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
         end, *upper = ctx.saved_tensors
-        _, push = torch.func.vjp(lambda c: tuple(ctx.rule(end, upper, c)), torch.zeros_like(end))
+        _, push = vjp(lambda c: tuple(ctx.rule(end, upper, c)), torch.zeros_like(end))
         directions = zip(upper, tangents[2:], strict=True)
         pushed: Tensor = push(tuple(torch.zeros_like(u) if t is None else t for u, t in directions))[0]
         return pushed
@@ -232,8 +235,8 @@ class _Once(torch.autograd.Function):
     @staticmethod
     def backward(_ctx: Any, *_cotangents: Tensor) -> tuple[Tensor | None, ...]:
         raise ValueError(
-            "the rule of this best response cannot be differentiated, which second derivatives need. Use hg.Unrolled or "
-            "hg.Implicit for that level, or Engine(partial_hessian=True)."
+            "the rule of this best response cannot be differentiated, which second derivatives need. Use "
+            "hg.Unrolled or hg.Implicit for that level, or Engine(partial_hessian=True)."
         )
 
 
@@ -249,6 +252,14 @@ def check_arguments(traj: object, upper: Mapping[str, Tensor], method: object) -
         )
         raise ValueError(f"method must be a hypergradient method, got {method!r}.{hint}")
     check_params(upper, "upper")
+    made_with = traj.upper_layout
+    if made_with is not None:
+        missing = [name for name in made_with.names if name not in upper]
+        if missing:
+            raise ValueError(
+                f"upper lacks {missing}, which the lower run was made with. Pass the upper parameters given to descend."
+            )
+        made_with.check_like({name: upper[name] for name in made_with.names}, "upper")
 
 
 def read(code: Tensor) -> Result:

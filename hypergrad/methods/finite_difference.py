@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hypergrad._flat import Params
 from hypergrad._result import Stats
-from hypergrad.methods._refusals import check_fixed_point, check_loss, check_option, check_start, refuse_state
+from hypergrad.methods._refusals import check_fixed_point, check_loss, check_number, check_start, refuse_state
 from hypergrad.methods._run import difference_quotient, last_learning_rate
 from hypergrad.methods.base import Pulled, ResponseMethod
 from hypergrad.trajectory import Recording, Trajectory
@@ -45,10 +45,8 @@ class FiniteDifference(ResponseMethod):
 
     def __post_init__(self) -> None:
         """Validate the options."""
-        check_option(self.epsilon > 0, "FiniteDifference", "epsilon", self.epsilon, "> 0")
-        check_option(
-            self.step_size is None or self.step_size > 0, "FiniteDifference", "step_size", self.step_size, "None or > 0"
-        )
+        check_number("FiniteDifference", "epsilon", self.epsilon)
+        check_number("FiniteDifference", "step_size", self.step_size, none=True)
 
     @property
     def differentiates_optimizer(self) -> bool:

@@ -8,9 +8,10 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from hypergrad._compiled import COMPILE, Compile, to_compile
 from hypergrad._flat import Params
 from hypergrad._result import Stats
-from hypergrad.methods._refusals import check_fixed_point, check_initial, check_option, check_start
+from hypergrad.methods._refusals import check_fixed_point, check_initial, check_number, check_option, check_start
 from hypergrad.methods._solve import differentiable_solve
 from hypergrad.methods.base import Pulled, ResponseMethod
 from hypergrad.operators import Damped
@@ -41,7 +42,9 @@ class Implicit(ResponseMethod):
         warm_start: begin the solve at the solution of the last one (`state=`); one product more, often far fewer steps.
         batches: how many of the run's last batches are averaged in curvature and mixed partial.
         over: prefixes of lower names that respond; the other lower parameters count as constants. None for all.
-        compile: compile the gradient that is taped, and with it each product.
+        compile: compile the gradient that is taped, and with it each product: True, or the name of a backend of
+            `torch.compile`. Once for each loss object and layout, which takes seconds to minutes; worth it over many
+            calls. The loss must draw no random numbers. Derivatives of the rule itself (`best_response` twice) stay eager.
         fresh: draw the `batches` anew once per lower run instead of taking the run's last; engine only.
         decoupled: what to do about decoupled weight decay (AdamW), which moves the fixed point in a way that this
             condition does not describe: "refuse" or "ignore".
@@ -58,19 +61,19 @@ class Implicit(ResponseMethod):
     differentiable: ClassVar[bool] = True
 
     solver: Solver
-    damping: float = 0.0
+    damping: float | Tensor = 0.0
     curvature: Curvature = "hessian"
     warm_start: bool = False
     batches: int = 1
     over: Sequence[str] | None = None
-    compile: bool = False
+    compile: Compile = False
     fresh: bool = False
     decoupled: Literal["refuse", "ignore"] = "refuse"
 
     def __post_init__(self) -> None:
         """Validate the options."""
         check_option(isinstance(self.solver, Solver), "Implicit", "solver", self.solver, "a solver such as hg.CG(10)")
-        check_option(self.damping >= 0, "Implicit", "damping", self.damping, ">= 0")
+        check_number("Implicit", "damping", self.damping, zero=True)
         check_option(
             self.curvature in ("hessian", "gauss_newton"),
             "Implicit",
@@ -85,13 +88,32 @@ class Implicit(ResponseMethod):
             self.decoupled in ("refuse", "ignore"), "Implicit", "decoupled", self.decoupled, "'refuse' or 'ignore'"
         )
         check_option(
-            not isinstance(self.over, str), "Implicit", "over", self.over, "a sequence of prefixes: ['backbone.']"
+            self.over is None
+            or (not isinstance(self.over, str) and len(self.over) > 0 and all(isinstance(p, str) for p in self.over)),
+            "Implicit",
+            "over",
+            self.over,
+            "None or a sequence of one or more prefixes: ['backbone.']",
         )
+        check_option(isinstance(self.compile, bool | str), "Implicit", "compile", self.compile, COMPILE)
+        if self.compile and self.curvature == "gauss_newton":
+            raise ValueError(
+                f"Implicit: compile={self.compile!r} serves curvature='hessian'; Gauss-Newton products run eagerly. Leave one "
+                "of them out."
+            )
         if self.warm_start and not self.solver.uses_initial:
             raise ValueError(
                 f"Implicit: warm_start=True has no effect with {type(self.solver).__name__}, which solves from "
                 f"scratch. "
                 "Leave it False, or use hg.CG, hg.MINRES or hg.GMRES."
+            )
+
+    def check_functional(self) -> None:
+        """Raise a ValueError for `fresh`, whose batches an engine draws."""
+        if self.fresh:
+            raise ValueError(
+                "Implicit: fresh=True draws batches from a Problem's data, so it needs an hg.Engine. Here, pass the "
+                "batches to hg.descend and leave fresh=False."
             )
 
     @property
@@ -106,10 +128,18 @@ class Implicit(ResponseMethod):
     def vjp(self, trajectory: Trajectory, upper: Params, cotangent: Tensor, state: Tensor | None = None) -> Pulled:
         """Return -(dF/du)^T x with (dF/dw + damping I)^T x = cotangent."""
         check_fixed_point(self, trajectory, upper, decoupled=self.decoupled)
-        lin = linearize(trajectory, upper, batches=self.batches, over=self.over, curvature=self.curvature)
+        lin = linearize(
+            trajectory,
+            upper,
+            batches=self.batches,
+            over=self.over,
+            curvature=self.curvature,
+            compile=to_compile("Implicit", self.compile),
+        )
         v = lin.responding.select(cotangent)
         check_initial(self, state, v, warm_start=self.warm_start)
-        operator = Damped(lin.operator, self.damping) if self.damping else lin.operator
+        damped = isinstance(self.damping, Tensor) or self.damping > 0
+        operator = Damped(lin.operator, self.damping) if damped else lin.operator
         solution = self.solver.solve(operator, v, x0=state)
         grad = {name: -g for name, g in lin.mixed(solution.x).items()}
         check_start(self, trajectory, grad)
@@ -134,4 +164,6 @@ class Implicit(ResponseMethod):
             return Damped(there.operator, self.damping)
 
         x = differentiable_solve(self.solver, operator_at, end, upper, v)
-        return {name: -g for name, g in lin.mixed(x).items()}
+        grad = {name: -g for name, g in lin.mixed(x).items()}
+        check_start(self, trajectory, grad)
+        return grad

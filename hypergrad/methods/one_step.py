@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hypergrad._flat import Params
 from hypergrad._result import Stats
-from hypergrad.methods._refusals import check_fixed_point, check_loss, check_option, check_start, refuse_state
+from hypergrad.methods._refusals import check_fixed_point, check_loss, check_number, check_start, refuse_state
 from hypergrad.methods._run import last_learning_rate
 from hypergrad.methods.base import Pulled, ResponseMethod
 from hypergrad.stationarity import linearize
@@ -41,9 +41,7 @@ class OneStep(ResponseMethod):
 
     def __post_init__(self) -> None:
         """Validate the options."""
-        check_option(
-            self.step_size is None or self.step_size > 0, "OneStep", "step_size", self.step_size, "None or > 0"
-        )
+        check_number("OneStep", "step_size", self.step_size, none=True)
 
     @property
     def differentiates_optimizer(self) -> bool:

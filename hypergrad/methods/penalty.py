@@ -13,10 +13,10 @@ from torch import Tensor
 from hypergrad._flat import Params
 from hypergrad._functional import add, gradient, in_transform, random_state, replaying, scalar, upper_gradient
 from hypergrad._result import Stats
-from hypergrad.methods._refusals import check_fixed_point, check_loss, check_option, refuse_state
+from hypergrad.methods._refusals import check_fixed_point, check_loss, check_number, check_option, refuse_state
 from hypergrad.methods._run import objective
 from hypergrad.methods.base import Method, Total, UpperLoss, partials
-from hypergrad.optim import SGD, Optimizer
+from hypergrad.optim import SGD, Decay, Optimizer
 from hypergrad.trajectory import Recording, Trajectory
 
 
@@ -52,10 +52,17 @@ class Penalty(Method):
 
     def __post_init__(self) -> None:
         """Validate the options."""
-        check_option(self.strength > 0, "Penalty", "strength", self.strength, "> 0")
+        check_number("Penalty", "strength", self.strength)
         check_option(isinstance(self.steps, int) and self.steps >= 1, "Penalty", "steps", self.steps, "an int >= 1")
         check_option(
             isinstance(self.optimizer, Optimizer), "Penalty", "optimizer", self.optimizer, "one of hypergrad.optim"
+        )
+        check_option(
+            not self.optimizer.maximize and self.optimizer.decay() == Decay(),
+            "Penalty",
+            "optimizer",
+            self.optimizer,
+            "one that minimizes, without weight decay: the penalized problem has its own objective",
         )
 
     @property
@@ -85,6 +92,11 @@ class Penalty(Method):
         direct = upper_gradient(lambda u: upper_at(penalized, u), upper)
         ahead = upper_gradient(lambda u: objective(trajectory, penalized, u), upper)
         behind = upper_gradient(lambda u: objective(trajectory, trajectory.end_flat, u), upper)
+        if not direct and not ahead:
+            raise ValueError(
+                f"nothing depends on upper={list(upper)}: neither the upper loss nor the lower level reads it. Use the "
+                "`upper` argument inside the losses, and do not detach it."
+            )
         response = {name: self.strength * (ahead[name] - behind[name]) for name in ahead if name in behind}
         count = torch.full((), 2 * self.steps + 3, dtype=torch.int64, device=penalized.device)
         return Total(add(direct, response), None, Stats(num_gradients=count), None, value)

@@ -14,7 +14,7 @@ from hypergrad._result import Stats
 from hypergrad.methods._refusals import (
     check_fixed_point,
     check_loss,
-    check_option,
+    check_number,
     check_run,
     check_start,
     refuse_state,
@@ -55,7 +55,7 @@ class SAMA(ResponseMethod):
 
     def __post_init__(self) -> None:
         """Validate the options."""
-        check_option(self.epsilon > 0, "SAMA", "epsilon", self.epsilon, "> 0")
+        check_number("SAMA", "epsilon", self.epsilon)
 
     def recording(self, num_steps: int) -> Recording:
         """Return that only the last state is read."""

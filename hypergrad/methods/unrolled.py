@@ -10,8 +10,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from hypergrad._compiled import COMPILE, Compile, to_compile
 from hypergrad._flat import Params
-from hypergrad._functional import add, in_transform, named, second_order, vjp
+from hypergrad._functional import add, in_transform, named, replaying, second_order, upper_gradient, vjp
 from hypergrad._result import Stats
 from hypergrad.methods._refusals import check_option, check_run, refuse_state
 from hypergrad.methods._run import pull_start, run_start
@@ -41,7 +42,10 @@ class Unrolled(ResponseMethod):
             record must be made for it: `descend(..., recording=method.recording(K))`; the engine does.
         retain: the fraction of steps, the last ones, whose tape is kept from the run, so that the sweep need not
             evaluate their gradient again; recorded likewise. Time against memory.
-        compile: compile the step's pullback.
+        compile: compile the gradient that each step of the sweep evaluates, and its derivative: True, or the name of a
+            backend of `torch.compile`; one compilation for all steps. The optimizer's update stays eager, for its step
+            count is a Python number that would compile anew each time. The loss must draw no random numbers; `retain`
+            keeps eager tapes instead, so choose one of the two. Derivatives of the rule itself stay eager.
 
     Raises:
         ValueError: for options out of range; for `solved`, where there is no run.
@@ -56,7 +60,7 @@ class Unrolled(ResponseMethod):
     truncate: int | None = None
     checkpoint: int | Literal["sqrt"] | None = None
     retain: float = 0.0
-    compile: bool = False
+    compile: Compile = False
 
     def __post_init__(self) -> None:
         """Validate the options."""
@@ -76,7 +80,19 @@ class Unrolled(ResponseMethod):
             self.checkpoint,
             "None, 'sqrt' or an int >= 1",
         )
-        check_option(0.0 <= self.retain <= 1.0, "Unrolled", "retain", self.retain, "a fraction from 0 to 1")
+        check_option(
+            isinstance(self.retain, int | float) and 0.0 <= self.retain <= 1.0,
+            "Unrolled",
+            "retain",
+            self.retain,
+            "a fraction from 0 to 1",
+        )
+        check_option(isinstance(self.compile, bool | str), "Unrolled", "compile", self.compile, COMPILE)
+        if self.compile and self.retain:
+            raise ValueError(
+                f"Unrolled: compile={self.compile!r} compiles the gradients that the sweep evaluates, and "
+                f"retain={self.retain} keeps eager tapes in their place. Leave one of them out."
+            )
 
     @property
     def second_order(self) -> bool:
@@ -93,6 +109,7 @@ class Unrolled(ResponseMethod):
     def vjp(self, trajectory: Trajectory, upper: Params, cotangent: Tensor, state: Tensor | None = None) -> Pulled:
         """Return the cotangent of `upper` swept back through the run."""
         refuse_state(self, state)
+        compile = to_compile("Unrolled", self.compile)
         first = self._first(trajectory)
         bar = cotangent
         state_bars = tuple(
@@ -101,7 +118,7 @@ class Unrolled(ResponseMethod):
         )
         grad: Params = {}
         for step, flat, states in trajectory.backwards(first, upper):
-            bar, state_bars, upper_bar = step.pull(flat, states, upper, (bar, state_bars))
+            bar, state_bars, upper_bar = step.pull(flat, states, upper, (bar, state_bars), compile=compile)
             grad = add(grad, upper_bar)
         if trajectory.start is not None:
             grad = add(grad, pull_start(trajectory, upper, bar))
@@ -150,6 +167,8 @@ class ForwardUnrolled(ResponseMethod):
         """Return Z_K^T cotangent."""
         refuse_state(self, state)
         check_run(self, trajectory, "differentiates the steps of a lower run")
+        if not _reads_upper(trajectory, upper):
+            return Pulled({})
         columns = _basis(upper)
         tangents = [_start_tangent(trajectory, upper, column) for column in columns]
         for step, flat, states in reversed(list(trajectory.backwards(0, upper))):
@@ -163,6 +182,15 @@ class ForwardUnrolled(ResponseMethod):
         count = torch.full((), 2 * len(columns) * trajectory.num_steps, dtype=torch.int64, device=cotangent.device)
         steps = torch.full((), trajectory.num_steps, dtype=torch.int64, device=cotangent.device)
         return Pulled(grad, None, Stats(num_products=count, num_steps=steps))
+
+
+def _reads_upper(trajectory: Trajectory, upper: Params) -> bool:
+    """Return whether the run depends on `upper`, as far as its last step tells; True where that cannot be told."""
+    last = trajectory.steps[-1]
+    if in_transform() or trajectory.start is not None or last.recipe.hyper:
+        return True
+    with replaying(last.random):
+        return bool(upper_gradient(lambda u: last.lower_loss(trajectory.end_flat, u), upper))
 
 
 def _basis(upper: Params) -> list[Params]:

@@ -179,6 +179,10 @@ class Bound:
             shapes = dict(zip(self.layout.names, self.layout.shapes, strict=True))
             pieces = [[self._expand(value[key], shapes[key]) for key in names] for _, names in self.groups]
             return [torch.cat(group) if group else 0.0 for group in pieces]
+        if not isinstance(value, Sequence):
+            raise ValueError(
+                f"hyper[{name!r}] is {value!r}; expected a number, a tensor, a dict by parameter or a list by group."
+            )
         if len(value) != len(self.groups):
             raise ValueError(
                 f"hyper[{name!r}] has {len(value)} values for {len(self.groups)} parameter groups; give one a group."

@@ -402,9 +402,14 @@ def _match(optimizer: torch.optim.Optimizer, params: Mapping[str, Tensor]) -> tu
     by_identity = {id(tensor): name for name, tensor in params.items()}
     if all(id(tensor) in by_identity for tensor in tensors):
         return _names(optimizer, params) or ()
-    if len(optimizer.param_groups) == 1:
-        return (tuple(params),)
     shapes = [tensor.shape for tensor in tensors]
+    if len(optimizer.param_groups) == 1:
+        if sorted(shapes) != sorted(tensor.shape for tensor in params.values()):
+            raise ValueError(
+                f"The {type(optimizer).__name__} optimizer holds tensors of shapes {[tuple(s) for s in shapes]}, the "
+                f"parameters have {[tuple(p.shape) for p in params.values()]}. Optimize exactly these parameters."
+            )
+        return (tuple(params),)
     if shapes != [tensor.shape for tensor in params.values()]:
         raise ValueError(
             f"The {type(optimizer).__name__} optimizer has {len(optimizer.param_groups)} param groups, and "

@@ -85,9 +85,14 @@ def test_names_come_from_the_tensors_bound(net: nn.Module) -> None:
     assert bound.names == ("0.bias", "1.bias", "0.weight", "1.weight")
 
 
-def test_a_single_group_takes_everything(net: nn.Module) -> None:
-    other = {"a": torch.zeros(2), "b": torch.zeros(7)}
-    assert bind(torch.optim.SGD(net.parameters(), lr=0.1), other).names == ("a", "b")
+def test_a_single_group_takes_copies_of_its_tensors(net: nn.Module) -> None:
+    other = {f"other.{name}": value.detach().clone() for name, value in reversed(list(net.named_parameters()))}
+    assert bind(torch.optim.SGD(net.parameters(), lr=0.1), other).names == tuple(other)
+
+
+def test_a_single_group_of_other_shapes_is_refused(net: nn.Module) -> None:
+    with pytest.raises(ValueError, match=r"holds tensors of shapes .* Optimize exactly these parameters"):
+        bind(torch.optim.SGD(net.parameters(), lr=0.1), {"a": torch.zeros(2)})
 
 
 def test_names_come_from_position_where_all_shapes_agree(net: nn.Module) -> None:

@@ -1,0 +1,211 @@
+"""Lower gradients compiled once and taped often: what `compile=True` of `Implicit` and `Unrolled` stands for.
+
+The gradient of the lower loss is compiled as a function of parameters, upper parameters and batch, and called on inputs
+that require grad: autograd then runs it and its derivative, which is the product, as fused kernels. What is compiled is
+found again by the loss object itself, held weakly, and the layout of its parameters; batches of the same shapes do not
+compile anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import types
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
+
+import torch
+from torch import Tensor, nn
+
+from hypergrad._flat import Layout, Params
+from hypergrad._functional import (
+    Loss,
+    Residual,
+    Tape,
+    called_modules,
+    explained_grad,
+    in_transform,
+    named,
+    on_copies,
+    random_state,
+    restore_random_state,
+    scalar,
+    second_order,
+)
+
+Compile = bool | str
+"""Whether to compile: False, True for torch's default backend, or the name of a backend of `torch.compile`."""
+
+COMPILE = "a bool, or the name of a backend of torch.compile"
+
+
+class CompiledTape(Tape):
+    """The tape of a residual built on a compiled gradient: one for `lower`, another for `upper` when it is asked for.
+
+    One graph for both would compute the mixed part with each product.
+    """
+
+    def __init__(self, residual: Residual, lower: Tensor, upper: Params) -> None:
+        """Evaluate `residual` once."""
+        self._evaluate, self._upper = residual, {name: u.detach() for name, u in upper.items()}
+        self._lower = lower.detach().requires_grad_()
+        with torch.enable_grad(), second_order():
+            self._residual = residual(self._lower, self._upper)
+        self.value = self._residual.detach()
+
+    def pull_lower(self, cotangent: Tensor) -> Tensor:
+        """Return (dF/d lower)^T cotangent."""
+        (pulled,) = _pull(self._residual, [self._lower], cotangent)
+        return torch.zeros_like(self._lower) if pulled is None else pulled
+
+    def push_lower(self, tangent: Tensor) -> Tensor:  # noqa: ARG002
+        """Raise: a compiled graph has no second derivative; symmetric residuals, all that come here, need none."""
+        raise AssertionError("a compiled tape only multiplies from the left")
+
+    def pull_upper(self, cotangent: Tensor) -> Params:
+        """Return (dF/d upper)^T cotangent for the names that F reads; one more evaluation."""
+        leaves = {name: u.detach().requires_grad_() for name, u in self._upper.items()}
+        with torch.enable_grad(), second_order():
+            residual = self._evaluate(self._lower.detach(), leaves)
+        return named(leaves, _pull(residual, list(leaves.values()), cotangent))
+
+
+def _pull(residual: Tensor, inputs: list[Tensor], cotangent: Tensor) -> Sequence[Tensor | None]:
+    if not residual.requires_grad:
+        return [None for _ in inputs]
+    return explained_grad([residual], inputs, [cotangent])
+
+
+def compiled_gradient(
+    loss: Loss,
+    part: Tensor,
+    upper: Params,
+    batches: Sequence[Any],
+    *,
+    layout: Layout,
+    constants: Params,
+    compile: Compile,
+) -> Tensor:
+    """Return the gradient at `part` of the mean loss over `batches`, on a graph whose derivative is compiled too.
+
+    Args:
+        loss: the lower loss; must draw no random numbers.
+        part: flat parameters that the gradient is taken in, laid out as `layout`.
+        upper: upper parameters.
+        batches: what the loss is averaged over.
+        layout: names and shapes of `part`.
+        constants: lower parameters beside those of `part`.
+        compile: the backend.
+
+    Raises:
+        ValueError: if the loss draws random numbers, or cannot be compiled whole.
+    """
+    found = _lookup(loss, (layout, len(batches), part.requires_grad, compile))
+    arguments = part, upper, constants, list(batches), loss
+    state = random_state(layout.device)
+    if found.modules is None:
+        with torch.no_grad():
+            found.modules = WeakSet(called_modules(lambda: found.loss(*arguments)))
+        _check_no_draws(layout.device, state)
+    with on_copies(found.modules), _retained():
+        try:
+            grad: Tensor = found.gradient(*arguments)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            raise ValueError(
+                "compile=True: torch.compile cannot take the lower loss whole, or met too many shapes and Python values in "
+                f"its batches. Use compile=False, or change what it names: {error}"
+            ) from error
+    _check_no_draws(layout.device, state)
+    return grad
+
+
+def to_compile(owner: str, compile: Compile) -> Compile:
+    """Return what is left to compile here: nothing in a region that is being compiled as a whole.
+
+    Raises:
+        ValueError: if something is to be compiled inside a transform.
+    """
+    if not compile or torch.compiler.is_compiling():
+        return False
+    if in_transform():
+        raise ValueError(
+            f"{owner}: compile={compile!r} inside a torch.func transform (vmap, grad), which would trace the compiled code "
+            "again. Construct it with compile=False there, and compile the whole: torch.compile(torch.func.vmap(f))."
+        )
+    return compile
+
+
+class _Compiled:
+    """One mean loss, its compiled gradient, and the modules that it was seen to call."""
+
+    def __init__(self, layout: Layout, compile: Compile) -> None:
+        def mean_loss(part: Tensor, upper: Params, constants: Params, batches: list[Any], loss: Loss) -> Tensor:
+            params = {**layout.unravel(part), **constants}
+            total = scalar(loss(params, upper, batches[0]), "the lower loss")
+            for batch in batches[1:]:
+                total = total + scalar(loss(params, upper, batch), "the lower loss")
+            return total / len(batches) if len(batches) > 1 else total
+
+        def gradient(part: Tensor, upper: Params, constants: Params, batches: list[Any], loss: Loss) -> Tensor:
+            grad: Tensor = torch.func.grad(mean_loss)(part, upper, constants, batches, loss)
+            return grad
+
+        self.loss = mean_loss
+        self.modules: WeakSet[nn.Module] | None = None
+        self.gradient: Callable[..., Tensor] = torch.compile(
+            _of_its_own(gradient),
+            fullgraph=True,
+            dynamic=False,
+            backend="inductor" if compile is True else compile,
+        )
+
+
+_cache: WeakKeyDictionary[Any, dict[Any, _Compiled]] = WeakKeyDictionary()
+"""By loss, weakly, then by layout and the like. A value never refers to its key: the loss is an argument."""
+
+
+def _lookup(loss: Loss, key: tuple[Layout, int, bool, Compile]) -> _Compiled:
+    owner, rest = (loss.__self__, loss.__func__) if isinstance(loss, types.MethodType) else (loss, None)
+    try:
+        known = _cache.setdefault(owner, {})
+    except TypeError as error:
+        raise ValueError(
+            f"compile=True needs a lower loss that can be hashed and referred to weakly, got {type(loss).__name__}. Pass a "
+            "function, or use compile=False."
+        ) from error
+    if (rest, *key) not in known:
+        known[rest, *key] = _Compiled(key[0], key[3])
+    return known[rest, *key]
+
+
+def _of_its_own(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return `function` with a code object of its own, to which the compiler's limit of recompilations applies."""
+    assert isinstance(function, types.FunctionType)
+    return types.FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+
+
+@contextlib.contextmanager
+def _retained() -> Iterator[None]:
+    """Compile graphs whose buffers outlive a backward pass, so that it can be repeated."""
+    with torch._functorch.config.patch(donated_buffer=False):  # type: ignore[no-untyped-call]
+        yield
+
+
+def _check_no_draws(device: torch.device, before: Any) -> None:
+    after = random_state(device)
+    assert before is not None and after is not None
+    same = torch.equal(before.cpu, after.cpu)
+    if before.accelerator is not None and after.accelerator is not None:
+        same = same and torch.equal(before.accelerator, after.accelerator)
+    if not same:
+        restore_random_state(before)
+        raise ValueError(
+            "compile=True: the lower loss draws random numbers (dropout, for instance), and compiled code draws others than "
+            "the lower step did. Use compile=False, or put the module in eval mode."
+        )
