@@ -9,6 +9,7 @@ RUNS := runs
 
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export NO_MKDOCS_2_WARNING := 1
 
 .PHONY: help demo test check docs slow lint format types clean
 .DELETE_ON_ERROR:
