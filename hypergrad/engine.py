@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,19 +12,21 @@ import torch
 from torch import Tensor
 
 from hypergrad._flat import Params
-from hypergrad._functional import RandomState, add, random_state, replaying, restore_random_state
+from hypergrad._functional import add, random_state, replaying, restore_random_state
 from hypergrad._result import Result, SolveError
 from hypergrad.callbacks.base import Callback
+from hypergrad.checks import arrange, check_runner
 from hypergrad.graph import Graph
 from hypergrad.history import History, Record
-from hypergrad.methods import Implicit, Penalty, Pulled, Reptile, ResponseMethod
+from hypergrad.methods import Implicit, Pulled, Reptile, ResponseMethod
 from hypergrad.methods.base import finite_code
 from hypergrad.network import Network, own
 from hypergrad.problem import Problem, loss_value
 from hypergrad.product_check import check_product
-from hypergrad.reads import dry_reads
+from hypergrad.reads import Reads, dry_reads
 from hypergrad.runner import Runner
-from hypergrad.tasks import run_tasks
+from hypergrad.source import load_random, save_random
+from hypergrad.tasks import first_task, run_tasks
 from hypergrad.trajectory import Trajectory
 
 OnBreakdown = Literal["raise", "warn", "skip"]
@@ -86,7 +89,7 @@ class Engine:
         if on_breakdown not in ("raise", "warn", "skip"):
             raise ValueError(f"Engine: on_breakdown must be 'raise', 'warn' or 'skip', got {on_breakdown!r}.")
         self.on_breakdown: OnBreakdown = on_breakdown
-        self.graph = Graph(_levels(problems), partial_hessian=partial_hessian)
+        self.graph = Graph(arrange(problems), partial_hessian=partial_hessian)
         self.network = Network(list(self.graph.problems.values()))
         self.runners = {name: Runner(p, self.graph, self.network) for name, p in self.graph.problems.items()}
         self.num_steps = 0
@@ -94,12 +97,13 @@ class Engine:
         self._chunks: dict[str, int] = {}
         for level in reversed(self.graph.levels):
             for problem in level:
-                batch = self._first_batch(problem)
-                self.graph.reads[problem.name] = dry_reads(self.network, problem, batch)
+                self.graph.reads[problem.name] = self._find_reads(problem)
         self.graph.validate()
         for name, runner in self.runners.items():
             self.network.restrict(name, self.graph.reads[name].accessed)
             runner.prepare()
+        for name, runner in self.runners.items():
+            check_runner(runner, self._upper(self.graph.depends(name)))
         if product_check:
             for runner in self.runners.values():
                 self._check_product(runner)
@@ -139,15 +143,45 @@ class Engine:
         self.num_steps += 1
         return record
 
+    def _upper(self, names: Iterable[str]) -> Params:
+        """Return the present variables of these problems."""
+        upper: Params = {}
+        for name in names:
+            upper.update(self.network.variables(name))
+        return upper
+
+    def _find_reads(self, problem: Problem) -> Reads:
+        """Return what the problem reads, by a dry call on its first batch, or on one task's part of it."""
+        batch = self._first_batch(problem)
+        level = self.graph.level_of[problem.name]
+        below = self.graph.levels[level - 1] if level else []
+        by_task = {p.name: p.tasks for p in below if p.tasks is not None}
+        if problem.tasks is not None:
+            return dry_reads(self.network, problem, first_task(problem, batch, problem.tasks))
+        if not by_task:
+            return dry_reads(self.network, problem, batch)
+        try:
+            reads = dry_reads(self.network, problem, first_task(problem, batch, max(by_task.values())))
+        except Exception as error:
+            try:
+                reads = dry_reads(self.network, problem, batch)
+            except Exception:
+                raise error from None
+            if reads.accessed & set(by_task):
+                raise
+            return reads
+        return reads if reads.accessed & set(by_task) else dry_reads(self.network, problem, batch)
+
     # --- running levels ----------------------------------------------------------------------------------------------
 
     def _step_level(self, level: int, problems: Sequence[Problem], index: int, record: Record) -> None:
         """Take own step `index` of `problems`, all on `level`; the level below runs first and ends its window after."""
         for problem in problems:
             self._batches.pop(problem.name, None)
+            self.runners[problem.name].index = index
         if level > 0:
             self._run_level(level - 1, record)
-        gradients = [self._gradient(self.runners[p.name], index, record) for p in problems]
+        gradients = [self._gradient(self.runners[p.name], record) for p in problems]
         for gradient in gradients:
             self._apply(gradient, record)
         if level > 0:
@@ -183,12 +217,12 @@ class Engine:
         """Return the batch of the problem's own step `index`: from its data, or its part of the level above's batch."""
         if runner.source is not None:
             return runner.source.next()
-        return runner.problem.select_from(self._batch(self.parent(runner.problem), 0), index)
+        return runner.problem.select_from(self._batch(self.parent(runner.problem)), index)
 
-    def _batch(self, runner: Runner, index: int) -> Any:
+    def _batch(self, runner: Runner) -> Any:
         """Return the batch of the problem's present step, drawn when first asked for."""
         if runner.name not in self._batches:
-            self._batches[runner.name] = self._draw(runner, index)
+            self._batches[runner.name] = self._draw(runner, runner.index)
         return self._batches[runner.name]
 
     def _first_batch(self, problem: Problem) -> Any:
@@ -211,9 +245,9 @@ class Engine:
 
     # --- one problem's gradient --------------------------------------------------------------------------------------
 
-    def _gradient(self, runner: Runner, index: int, record: Record) -> Gradient:
+    def _gradient(self, runner: Runner, record: Record) -> Gradient:
         """Return the gradient of the problem's loss at its present values, with the levels below responding."""
-        batch = self._batch(runner, index)
+        batch = self._batch(runner)
         lower = [self.runners[name] for name in self.graph.reaching(runner.name)]
         if any(r.problem.tasks is not None for r in lower):
             return self._task_gradient(runner, batch, record)
@@ -229,8 +263,8 @@ class Engine:
             if r.name not in partials:
                 continue
             pulled = self._pull(runner, r, trajectories[r.name], partials.pop(r.name), batch, random, record)
-            if isinstance(r.problem.method, (Reptile, Penalty)):
-                grad = {}
+            if not isinstance(r.problem.method, ResponseMethod):
+                grad = {}  # such a method returns the direct term as well
             for target, part in _by_problem(pulled.grad).items():
                 if target == runner.name:
                     grad = add(grad, part)
@@ -238,7 +272,8 @@ class Engine:
                     partials[target] = add(partials.get(target, {}), part)
             if pulled.result is not None:
                 codes.append(pulled.result)
-        restore_random_state(after)
+        if lower:
+            restore_random_state(after)
         return Gradient(runner, value, grad, codes, batch)
 
     def _task_gradient(self, runner: Runner, batch: Any, record: Record) -> Gradient:
@@ -269,9 +304,7 @@ class Engine:
     ) -> Pulled:
         """Return the cotangents of the problems above `runner` from one of its solution."""
         method = runner.problem.method
-        upper: Params = {}
-        for target in self.graph.targets(runner.name, top.name):
-            upper.update(self.network.variables(target))
+        upper = self._upper(self.graph.targets(runner.name, top.name))
         if isinstance(method, Reptile):
             return Pulled(method.direction(trajectory, upper))
         if not isinstance(method, ResponseMethod):
@@ -307,7 +340,7 @@ class Engine:
         if gradient.is_hypergradient and not self._trusted(gradient, record):
             runner.skip()
             return
-        runner.apply(gradient.grad, lambda: runner.evaluate_again(gradient.batch))
+        runner.apply(gradient.grad, gradient.value, gradient.batch)
 
     def _trusted(self, gradient: Gradient, record: Record) -> bool:
         """Return whether to step along a hypergradient; raise or warn as `on_breakdown` says. Reads one number back."""
@@ -330,13 +363,12 @@ class Engine:
     def _check_product(self, runner: Runner) -> None:
         """Compare a Hessian product with a finite difference where the problem's method needs second derivatives."""
         method = runner.problem.method
-        if not runner.problem.responds or not runner.read_by_others or method is None or not method.second_order:
+        reached = any(runner.name in self.graph.reaching(other) for other in self.graph.problems)
+        if not runner.problem.responds or not reached or method is None or not method.second_order:
             return
         if runner.nested or runner.problem.tasks is not None:
             return
-        upper: Params = {}
-        for target in self.graph.depends(runner.name):
-            upper.update(self.network.variables(target))
+        upper = self._upper(self.graph.depends(runner.name))
         lower = {key: p.detach() for key, p in runner.used.items()}
         check_product(runner.loss, lower, upper, self._first_batch(runner.problem), name=f"problem {runner.name!r}")
 
@@ -344,12 +376,14 @@ class Engine:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is needed to go on: modules, optimizers, schedulers, data positions, warm starts, RNG, counts."""
-        random = random_state(next(iter(self.runners.values())).layout.device)
-        return {
-            "num_steps": self.num_steps,
-            "random": None if random is None else {"cpu": random.cpu, "accelerator": random.accelerator},
-            "problems": {name: runner.state_dict() for name, runner in self.runners.items()},
-        }
+        device = next(iter(self.runners.values())).layout.device
+        return copy.deepcopy(
+            {
+                "num_steps": self.num_steps,
+                "random": save_random(random_state(device)),
+                "problems": {name: runner.state_dict() for name, runner in self.runners.items()},
+            }
+        )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`, the `state_dict()` of an engine over the same problems.
@@ -365,11 +399,11 @@ class Engine:
                 "problems as the one that was saved."
             )
         for name, runner in self.runners.items():
+            runner.check_state(state["problems"][name])
+        for name, runner in self.runners.items():
             runner.load_state_dict(state["problems"][name])
         self.num_steps = state["num_steps"]
-        if state["random"] is not None:
-            device = next(iter(self.runners.values())).layout.device
-            restore_random_state(RandomState(state["random"]["cpu"], device, state["random"]["accelerator"]))
+        restore_random_state(load_random(state["random"], next(iter(self.runners.values())).layout.device))
 
 
 @dataclass(frozen=True)
@@ -395,42 +429,3 @@ def _by_problem(grad: Params) -> dict[str, Params]:
         name, parameter = key.split(".", 1)
         parts.setdefault(name, {})[parameter] = value
     return parts
-
-
-def _levels(problems: Sequence[Problem | Sequence[Problem]]) -> list[list[Problem]]:
-    """Return the problems as levels, checked one by one and against each other."""
-    if isinstance(problems, Problem) or not isinstance(problems, Sequence):
-        raise ValueError("Engine takes a list of problems, lowest level first: Engine([lower, upper]).")
-    levels = [[entry] if isinstance(entry, Problem) else list(entry) for entry in problems]
-    if not levels or not all(levels):
-        raise ValueError(
-            "Engine: there is a level without a problem. Pass at least one problem a level, lowest level first."
-        )
-    seen: dict[str, Problem] = {}
-    owners: dict[int, str] = {}
-    for level in levels:
-        for problem in level:
-            if not isinstance(problem, Problem):
-                raise ValueError(f"Engine takes hg.Problem objects, got {type(problem).__name__}.")
-            if problem.name in seen:
-                raise ValueError(
-                    f"two problems are named {problem.name!r}; losses could not tell them apart. Rename one."
-                )
-            seen[problem.name] = problem
-            for key, parameter in problem.variables().items():
-                other = owners.setdefault(id(parameter), problem.name)
-                if other != problem.name:
-                    raise ValueError(
-                        f"parameter {key!r} is optimized by both {other!r} and {problem.name!r}. Give it to one of the "
-                        f"two "
-                        "optimizers; the other problem may still read it."
-                    )
-    for level in levels[1:]:
-        for problem in level:
-            if isinstance(problem.optimizer, torch.optim.LBFGS):
-                raise ValueError(
-                    f"problem {problem.name!r}: LBFGS evaluates its loss several times a step, and each would need the "
-                    f"levels "
-                    "below to run again. Use a first-order optimizer on upper levels."
-                )
-    return levels

@@ -42,6 +42,13 @@ class Graph:
         keys = {key for reads in readers for key in reads.keys}
         return {parameter for problem, parameter in (key.split(".", 1) for key in keys) if problem == name}
 
+    def is_perturbed(self, name: str) -> bool:
+        """Return whether the loss of `name`, or of one above that it is nested in, is evaluated off the record."""
+        method = self.problems[name].method
+        if method is not None and method.perturbs and self.problems[name].responds:
+            return True
+        return any(name in self.below(p) and self.is_perturbed(p) for p in self.problems)
+
     def depends(self, name: str) -> set[str]:
         """Return the problems above `name` on which its solution depends, its lower levels' responses included."""
         if name not in self._depends:

@@ -1,18 +1,17 @@
-"""What the engine keeps for one problem: its data, its window of own steps, and the record that methods read."""
+"""What the engine keeps for one problem: its window of own steps, and the record that methods read."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hypergrad._flat import Layout, Params
-from hypergrad._functional import Loss, RandomState, random_state, restore_random_state, second_order
+from hypergrad._functional import Loss, RandomState, second_order
 from hypergrad.composite import Composite
 from hypergrad.graph import Graph
 from hypergrad.history import Record
@@ -20,6 +19,8 @@ from hypergrad.methods import Method, ResponseMethod, best_response
 from hypergrad.network import Function, Network, own
 from hypergrad.optim import Bound, from_torch, read_options, read_state
 from hypergrad.problem import Problem, criterion_value, loss_value, penalty_value
+from hypergrad.source import Source
+from hypergrad.stepper import Stepper
 from hypergrad.trajectory import Recipe, Recording, Step, Trajectory
 
 
@@ -29,70 +30,6 @@ class Nested:
 
     batch: Any
     records: Mapping[str, Trajectory]
-
-
-@dataclass
-class Source:
-    """Batches of one problem, begun again whenever they end."""
-
-    problem: Problem
-    random: RandomState | None = None
-    drawn: int = 0
-    _iterator: Iterator[Any] | None = None
-    _peeked: list[Any] | None = None
-    _last: list[Any] = field(default_factory=list)
-
-    def next(self) -> Any:
-        """Return the next batch."""
-        self._last = [self._peeked.pop() if self._peeked else self._draw()]
-        return self._last[0]
-
-    def recent(self) -> Any:
-        """Return the batch used last; before the first, the next one, which is not used up."""
-        return self._last[0] if self._last else self.peek()
-
-    def peek(self) -> Any:
-        """Return the next batch without using it up."""
-        if not self._peeked:
-            self._peeked = [self._draw()]
-        return self._peeked[-1]
-
-    def _draw(self) -> Any:
-        for _ in range(2):
-            if self._iterator is None:
-                assert self.problem.data is not None
-                self.random, self.drawn = random_state(torch.device("cpu")), 0
-                self._iterator = iter(self.problem.data)
-            try:
-                batch = next(self._iterator)
-            except StopIteration:
-                self._iterator = None
-                continue
-            self.drawn += 1
-            return batch
-        raise ValueError(
-            f"problem {self.problem.name!r}: its data yields no batch. Pass an iterable that is not empty and that can "
-            f"be "
-            "iterated again."
-        )
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return where in the data this is: how many batches were drawn, and the random state they began from."""
-        used = self.drawn - len(self._peeked or [])
-        return {"drawn": used, "random": None if self.random is None else self.random.cpu}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go to where `state` was, by iterating anew from its random state and skipping."""
-        self._iterator, self._peeked, self.drawn = None, None, 0
-        if state["random"] is None:
-            return
-        present = random_state(torch.device("cpu"))
-        restore_random_state(RandomState(state["random"], torch.device("cpu"), None))
-        for _ in range(state["drawn"]):
-            self._draw()
-        if not state["drawn"]:
-            self.peek()
-        restore_random_state(present)
 
 
 class Runner:
@@ -108,19 +45,19 @@ class Runner:
         self.num_steps = 0
         """Own steps taken so far."""
         self.window_size = 0
+        self.index = 0
+        """Which own step of the window is being taken."""
         self.began_at_start = False
+        self.variables = problem.variables()
+        self.whole = Layout.of(self.variables, what=f"the variables of problem {self.name!r}")
+        self.stepper = Stepper(problem)
         begins_anew = problem.tasks is None and (problem.restarts or problem.start is not None)
-        self.initial = copy.deepcopy(self._snapshot() | {"optimizer": {}}) if begins_anew else None
+        self.initial = self._fresh(self._snapshot()) if begins_anew else None
         self.snapshot: dict[str, Any] | None = None
         self.warm: dict[str, Tensor] = {}
         self.fresh: list[Any] = []
         self.recording: Recording | None = None
-        self.variables = problem.variables()
-
-    @property
-    def read_by_others(self) -> bool:
-        """Return whether a problem above differentiates through this one."""
-        return any(self.name in self.graph.reaching(other) for other in self.graph.problems)
+        self._kept: tuple[list[dict[str, Any]], Recipe] | None = None
 
     # --- what the graph knows, used here -----------------------------------------------------------------------------
 
@@ -128,7 +65,15 @@ class Runner:
         """Build what depends on the graph: layout, loss and recording."""
         used = self.graph.used(self.name)
         self.used = {key: p for key, p in self.variables.items() if key in used}
-        self.nested = [other for other in self.graph.below(self.name)]
+        self.nested = self.graph.below(self.name)
+        self.reruns = self.graph.is_perturbed(self.name)
+        reads = self.graph.reads[self.name]
+        self.watched = {
+            (other, key): p
+            for other in reads.accessed - reads.connected - reads.started
+            if self.graph.problems[other].responds
+            for key, p in self.graph.problems[other].variables().items()
+        }
         self.loss = self._functional(self.problem.loss)
         self.response = None if self.problem.response is None else self._functional(self.problem.response)
         method = self.problem.method
@@ -140,8 +85,7 @@ class Runner:
     def _plan(self, method: Method | None) -> Recording | None:
         if method is None or not self.problem.responds:
             return None
-        readers = [p for p in self.graph.problems.values() if self.name in self.graph.below(p.name)]
-        if any(p.method is not None and p.method.perturbs for p in readers):
+        if self._runs_again():
             return Recording()  # the levels above run this one again at other values
         return method.recording(self.problem.steps)
 
@@ -151,8 +95,15 @@ class Runner:
             return True
         if method is None or not self.problem.responds:
             return False
-        readers = [p for p in self.graph.problems.values() if self.name in self.graph.below(p.name)]
-        return method.differentiates_optimizer or any(p.method is not None and p.method.perturbs for p in readers)
+        if "weight_decay" in self.problem.hyper:
+            return True  # its derivative is asked for, not only its value
+        return method.differentiates_optimizer or self._runs_again()
+
+    def _runs_again(self) -> bool:
+        """Return whether a level above evaluates its loss away from the recorded points, this one responding."""
+        if self.graph.partial_hessian:
+            return False
+        return any(self.name in self.graph.below(p) and self.graph.is_perturbed(p) for p in self.graph.problems)
 
     def bind(self, *, opaque: bool | None = None) -> Bound:
         """Return the optimizer's present options bound to the variables that the loss uses.
@@ -211,7 +162,6 @@ class Runner:
 
     def _respond(self, overrides: Params, records: Mapping[str, Trajectory]) -> Params:
         """Return `overrides` with the responses of the lower levels, highest first, put in."""
-        method_here = self.problem.method
         for other in reversed(self.nested):
             record = records[other]
             problem = self.graph.problems[other]
@@ -221,7 +171,7 @@ class Runner:
             if self.graph.partial_hessian or not isinstance(method, ResponseMethod) or not upper:
                 overrides = overrides | own(other, record.end)
                 continue
-            if method_here is not None and method_here.perturbs:
+            if self.reruns:
                 record = record.again(upper)
             overrides = overrides | own(other, best_response(record, upper, method=method, throw=False))
         return overrides
@@ -235,7 +185,7 @@ class Runner:
         if self.problem.restarts or (self.problem.start is not None and self.num_steps == 0):
             self.restart()
         elif self.problem.after == "rollback":
-            self.snapshot = copy.deepcopy(self._snapshot())
+            self.snapshot = self._snapshot()
 
     def end_window(self) -> None:
         """Return to where the window began, if asked; called once the level above has stepped."""
@@ -276,20 +226,36 @@ class Runner:
         return {key: values[key] for key in self.variables}
 
     def _snapshot(self) -> dict[str, Any]:
-        return {
-            "parameters": {key: p.detach() for key, p in self.problem.variables().items()},
-            "buffers": dict(self.problem.module.named_buffers()),
-            "optimizer": self.problem.optimizer.state_dict()["state"],
-        }
+        """Return a copy of parameters, buffers, optimizer and schedulers."""
+        optimizer = self.problem.optimizer.state_dict()
+        return copy.deepcopy(
+            {
+                "parameters": {key: p.detach() for key, p in self.variables.items()},
+                "buffers": dict(self.problem.module.named_buffers()),
+                "optimizer": optimizer["state"],
+                "groups": optimizer["param_groups"],
+                "schedulers": [s.state_dict() for s in self.problem.schedulers()],
+            }
+        )
+
+    @staticmethod
+    def _fresh(snapshot: dict[str, Any]) -> dict[str, Any]:
+        """Return the same with an optimizer that has not stepped."""
+        return snapshot | {"optimizer": {}}
 
     def _restore(self, snapshot: dict[str, Any]) -> None:
         with torch.no_grad():
             for key, parameter in self.variables.items():
                 parameter.copy_(snapshot["parameters"][key])
             for key, buffer in self.problem.module.named_buffers():
-                buffer.copy_(snapshot["buffers"][key])
-        optimizer = self.problem.optimizer
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": copy.deepcopy(snapshot["optimizer"])})
+                if key in snapshot["buffers"]:
+                    buffer.copy_(snapshot["buffers"][key])
+        optimizer, schedulers = self.problem.optimizer, self.problem.schedulers()
+        # without a scheduler, options are the user's to change, and stay
+        groups = snapshot["groups"] if schedulers else optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict(copy.deepcopy({"state": snapshot["optimizer"], "param_groups": groups}))
+        for scheduler, state in zip(schedulers, snapshot["schedulers"], strict=True):
+            scheduler.load_state_dict(copy.deepcopy(state))
 
     def record(self, batch: Any, random: RandomState | None, records: dict[str, Trajectory]) -> Step | None:
         """Return the record of the step about to be taken, or None where no method reads one."""
@@ -297,9 +263,10 @@ class Runner:
             return None
         index = self.window_size
         keeps = self.recording.keeps(index, self.problem.steps) or self.recording.tapes(index)
-        bound = self.bind()
+        recipe = self._present_recipe()
+        bound = recipe.optimizer
         step = Step(
-            recipe=self.recipe(bound),
+            recipe=recipe,
             batch=Nested(batch, records) if records else batch,
             index=self.window_size,
             random=random,
@@ -308,6 +275,16 @@ class Runner:
         )
         self.window.append(step)
         return step
+
+    def _present_recipe(self) -> Recipe:
+        """Return how the next step is taken; made anew only when the optimizer's options have changed."""
+        options = [{k: v for k, v in g.items() if k != "params"} for g in self.problem.optimizer.param_groups]
+        if self._kept is not None and self._kept[0] == options:
+            return self._kept[1]
+        recipe = self.recipe(self.bind())
+        volatile = any(isinstance(v, Tensor) for group in options for v in group.values())
+        self._kept = None if volatile else (options, recipe)
+        return recipe
 
     # --- one step ----------------------------------------------------------------------------------------------------
 
@@ -319,6 +296,7 @@ class Runner:
         leaves: dict[tuple[str, str], Tensor] = {(self.name, key): p for key, p in self.variables.items()}
         for other in read:
             leaves.update({(other.name, key): p for key, p in other.used.items()})
+        leaves.update(self.watched)
         step = self.window[-1] if self.window else None
         tapes = step is not None and self.recording is not None and self.recording.tapes(step.index) and not read
         with torch.enable_grad():
@@ -330,6 +308,12 @@ class Runner:
                 parts = {self.name: {}}
                 for (name, key), g in zip(leaves, tensors, strict=True):
                     if g is not None:
+                        if (name, key) in self.watched:
+                            raise ValueError(
+                                f"problem {self.name!r}: its loss depends on {name!r}, which it did not on its first "
+                                f"batch, when the graph was inferred. Say Problem({self.name!r}, reads=[{name!r}, "
+                                "...])."
+                            )
                         parts.setdefault(name, {})[key] = g
         record.put(self.name, "loss", value)
         for key, metric in metrics.items():
@@ -367,49 +351,28 @@ class Runner:
         value, parts = self.partials(batch, [], Record(step=0))
         return value, parts[self.name]
 
-    def apply(self, grad: Params, again: Callable[[], tuple[Tensor, Params]]) -> None:
+    def apply(self, grad: Params, value: Tensor, batch: Any) -> None:
         """Step the optimizer along `grad`, with clipping, projection, schedulers; a missing entry has no gradient."""
-        problem, optimizer = self.problem, self.problem.optimizer
-        optimizer.zero_grad()
-        self._set_grads(grad)
         with torch.no_grad():
-            hyper = {name: self._call(function) for name, function in problem.hyper.items()}
-        with _options(optimizer, hyper, self.name):
-            if isinstance(optimizer, torch.optim.LBFGS):
-                optimizer.step(self._closure(again))  # type: ignore[no-untyped-call]
-            else:
-                optimizer.step()
-        if problem.project is not None:
-            with torch.no_grad():
-                projected = problem.project({key: p.detach() for key, p in self.variables.items()})
-                for key, parameter in self.variables.items():
-                    parameter.copy_(projected[key])
-        for scheduler in problem.schedulers():
-            scheduler.step()
+            hyper = {name: self.hyper_value(name) for name in self.problem.hyper}
+        self.stepper.take(grad, value, hyper, lambda: self.evaluate_again(batch))
         self.skip()
+
+    def hyper_value(self, name: str) -> Any:
+        """Return the present value of an optimizer's option that is a function of upper problems."""
+        return self._call(self.problem.hyper[name])
+
+    def check_project(self) -> None:
+        """Raise a ValueError unless `project` returns the variables that it was given."""
+        assert self.problem.project is not None
+        given = {key: p.detach().clone() for key, p in self.variables.items()}
+        projected = self.problem.project(given)
+        self.whole.check_like(projected, f"problem {self.name!r}: the result of project")
 
     def skip(self) -> None:
         """Count a step of the window, taken or left out."""
         self.num_steps += 1
         self.window_size += 1
-
-    def _closure(self, again: Callable[[], tuple[Tensor, Params]]) -> Callable[[], Tensor]:
-        def closure() -> Tensor:
-            value, grad = again()
-            self.problem.optimizer.zero_grad()
-            self._set_grads(grad)
-            return value
-
-        return closure
-
-    def _set_grads(self, grad: Params) -> None:
-        for key, parameter in self.variables.items():
-            if key in grad:
-                parameter.grad = grad[key].to(parameter.dtype)
-        if self.problem.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.variables.values(), self.problem.clip_norm)
-        if self.problem.clip_value is not None:
-            torch.nn.utils.clip_grad_value_(self.variables.values(), self.problem.clip_value)
 
     # --- saving ------------------------------------------------------------------------------------------------------
 
@@ -424,6 +387,22 @@ class Runner:
             "warm": dict(self.warm),
             "initial": self.initial,
         }
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Raise a ValueError unless `state` fits this problem's module."""
+        ours = {key: tuple(v.shape) for key, v in self.problem.module.state_dict().items() if isinstance(v, Tensor)}
+        theirs = {key: tuple(v.shape) for key, v in state["module"].items() if isinstance(v, Tensor)}
+        if ours != theirs:
+            differing = sorted(k for k in {**ours, **theirs} if ours.get(k) != theirs.get(k))
+            raise ValueError(
+                f"problem {self.name!r}: the state was saved from another module; they differ in {differing}. Build "
+                "the same module as the one that was saved."
+            )
+        if (self.source is None) != (state["data"] is None) or len(self.stepper.schedulers) != len(state["schedulers"]):
+            raise ValueError(
+                f"problem {self.name!r}: the state was saved from a problem with other data or schedulers. Give it "
+                "the same."
+            )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`."""
@@ -462,8 +441,10 @@ class Runner:
         """Return the record of the last window."""
         end = self.layout.ravel({key: p.detach() for key, p in self.used.items()})
         window = self.window
-        if self.fresh:
-            window = [*window[:-1], *(replace(window[-1], batch=batch) for batch in self.fresh)]
+        if self.fresh and window:
+            last = window[-1]
+            drawn = [Nested(b, last.batch.records) if isinstance(last.batch, Nested) else b for b in self.fresh]
+            window = [*window[:-1], *(replace(last, batch=batch) for batch in drawn)]
         states = (
             ()
             if self.opaque or not window
@@ -481,32 +462,3 @@ class Runner:
             else None,
             response=self.response,
         )
-
-
-@contextlib.contextmanager
-def _options(optimizer: torch.optim.Optimizer, values: Mapping[str, Any], name: str) -> Iterator[None]:
-    """Run the body with the optimizer's options replaced by `values`, then put them back."""
-    found = [dict(group) for group in optimizer.param_groups]
-    for option, value in values.items():
-        per_group = list(value) if isinstance(value, (list, tuple)) else [value] * len(found)
-        if len(per_group) != len(found) or any(
-            isinstance(v, Mapping) or (isinstance(v, Tensor) and v.dim()) for v in per_group
-        ):
-            raise ValueError(
-                f"problem {name!r}: hyper[{option!r}] must return a scalar, or one per param group; a torch optimizer "
-                f"takes no "
-                "value per parameter. Use tasks=, or hg.descend(hyper=...)."
-            )
-        for group, v in zip(optimizer.param_groups, per_group, strict=True):
-            number = float(v)
-            if option in ("beta1", "beta2"):
-                betas = list(group["betas"])
-                betas[int(option == "beta2")] = number
-                group["betas"] = tuple(betas)
-            else:
-                group[option] = number
-    try:
-        yield
-    finally:
-        for group, before in zip(optimizer.param_groups, found, strict=True):
-            group.update(before)

@@ -20,7 +20,7 @@ from hypergrad._functional import add, random_state, restore_random_state
 from hypergrad._result import Result
 from hypergrad.methods import Reptile, ResponseMethod
 from hypergrad.network import Network, own
-from hypergrad.problem import loss_value
+from hypergrad.problem import Problem, loss_value
 from hypergrad.runner import Runner
 from hypergrad.trajectory import Trajectory, descend
 
@@ -49,7 +49,7 @@ def run_tasks(
     count = members[0].problem.tasks
     assert count is not None
     for runner, content in ((top, batch), *((m, lower_batches[m.name]) for m in members)):
-        _check_leading(runner, content, count)
+        _check_leading(runner.name, content, count)
     upper = network.variables(top.name)
     buffers = _stacked_buffers([top, *members], count)
     one = _one_task(network, top, members)
@@ -205,11 +205,21 @@ def _index(part: Any, task: int) -> Any:
     return pytree.tree_map(lambda x: x[task] if isinstance(x, Tensor) else x, part)
 
 
-def _check_leading(runner: Runner, content: Any, count: int) -> None:
+def first_task(problem: Problem, batch: Any, count: int) -> Any:
+    """Return the first task's part of a batch.
+
+    Raises:
+        ValueError: if its tensors do not lead with the number of tasks.
+    """
+    _check_leading(problem.name, batch, count)
+    return _index(batch, 0)
+
+
+def _check_leading(name: str, content: Any, count: int) -> None:
     for leaf in pytree.tree_leaves(content):
         if isinstance(leaf, Tensor) and (leaf.dim() == 0 or leaf.shape[0] != count):
             raise ValueError(
-                f"problem {runner.name!r}: a tensor in its batch has shape {tuple(leaf.shape)}; with tasks={count} "
+                f"problem {name!r}: a tensor in its batch has shape {tuple(leaf.shape)}; with tasks={count} "
                 f"every tensor "
                 f"of a batch must lead with {count}, one slice per task."
             )

@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS: dict[str, float] = {
     "_flat": 0,
     "_functional": 0,
+    "_compiled": 0.1,
     "_result": 0,
     "history": 0,
     "composite": 0.5,
@@ -31,7 +32,10 @@ LAYERS: dict[str, float] = {
     "network": 5.3,
     "reads": 5.5,
     "graph": 6,
+    "source": 6.2,
+    "stepper": 6.3,
     "runner": 6.5,
+    "checks": 6.7,
     "tasks": 6.6,
     "engine": 7.6,
     "callbacks": 7.5,

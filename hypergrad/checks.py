@@ -1,0 +1,130 @@
+"""What an engine refuses when it is built: problems that do not fit together, or a method that does not fit its run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+
+from hypergrad._flat import Params
+from hypergrad._functional import untouched
+from hypergrad.composite import Composite
+from hypergrad.methods import SAMA, FiniteDifference, Implicit, Method, OneStep, Penalty
+from hypergrad.methods._refusals import check_fixed_point
+from hypergrad.problem import Problem
+from hypergrad.runner import Runner
+from hypergrad.stationarity import Responding
+from hypergrad.stepper import check_hyper, needs_closure
+from hypergrad.trajectory import Step, Trajectory
+
+
+def arrange(problems: Sequence[Problem | Sequence[Problem]]) -> list[list[Problem]]:
+    """Return the problems as levels, checked against each other.
+
+    Raises:
+        ValueError: for anything but a list of problems or of lists of them, for a name or a parameter given twice.
+    """
+    if isinstance(problems, Problem) or not isinstance(problems, Sequence):
+        raise ValueError("Engine takes a list of problems, lowest level first: Engine([lower, upper]).")
+    levels: list[list[Any]] = [list(entry) if isinstance(entry, (list, tuple)) else [entry] for entry in problems]
+    if not levels or not all(levels):
+        raise ValueError(
+            "Engine: there is a level without a problem. Pass at least one problem a level, lowest level first."
+        )
+    seen: set[str] = set()
+    owners: dict[int, str] = {}
+    optimizers: dict[int, str] = {}
+    for problem in (problem for level in levels for problem in level):
+        if not isinstance(problem, Problem):
+            raise ValueError(f"Engine takes hg.Problem objects, got {type(problem).__name__}.")
+        if problem.name in seen:
+            raise ValueError(f"two problems are named {problem.name!r}; losses could not tell them apart. Rename one.")
+        seen.add(problem.name)
+        for key, parameter in problem.variables().items():
+            other = owners.setdefault(id(parameter), problem.name)
+            if other != problem.name:
+                raise ValueError(
+                    f"parameter {key!r} is optimized by both {other!r} and {problem.name!r}. Give it to one of the two "
+                    "optimizers; the other problem may still read it."
+                )
+        if optimizers.setdefault(id(problem.optimizer), problem.name) != problem.name:
+            raise ValueError(
+                f"problem {problem.name!r} shares its optimizer with {optimizers[id(problem.optimizer)]!r}."
+            )
+    for problem in (problem for level in levels[1:] for problem in level):
+        if needs_closure(problem.optimizer):
+            raise ValueError(
+                f"problem {problem.name!r}: {type(problem.optimizer).__name__} evaluates its loss several times a "
+                "step, and each would need the levels below to run again. Use an optimizer that takes no closure on "
+                "upper levels."
+            )
+    return levels
+
+
+def check_runner(runner: Runner, upper: Params) -> None:
+    """Raise a ValueError for what this problem's functions, optimizer and method could not serve in mid-run.
+
+    Args:
+        runner: of the problem, prepared.
+        upper: the variables that its solution depends on.
+    """
+    problem = runner.problem
+    with untouched(runner.layout.device), torch.no_grad():
+        if problem.start is not None:
+            runner.start_values({})
+        values = {name: runner.hyper_value(name) for name in problem.hyper}
+    if problem.tasks is None:
+        check_hyper(problem.optimizer, values, problem.name)
+    if not runner.opaque:
+        runner.bound.check_hyper(problem.hyper)
+    if problem.project is not None:
+        runner.check_project()
+    if problem.method is not None and upper and problem.responds:
+        _check_method(runner, problem.method, upper)
+
+
+def _check_method(runner: Runner, method: Method, upper: Params) -> None:
+    """Raise a ValueError if the run this problem will make is one that its method does not describe."""
+    name, problem = runner.name, runner.problem
+    decoupled: Literal["refuse", "ignore"] = "ignore"
+    if isinstance(method, Implicit):
+        decoupled = method.decoupled
+        _check_implicit(runner, method)
+    elif isinstance(method, Penalty):
+        decoupled = "refuse"
+    if isinstance(method, (Implicit, OneStep, FiniteDifference, SAMA, Penalty)):
+        step = Step(recipe=runner.recipe(runner.bound), batch=None, index=0, random=None)
+        with untouched(runner.layout.device):
+            try:
+                check_fixed_point(method, _run_of(runner, (step,) * problem.steps), upper, decoupled=decoupled)
+            except ValueError as error:
+                raise ValueError(f"problem {name!r}: {error}") from error
+
+
+def _run_of(runner: Runner, steps: tuple[Step, ...]) -> Trajectory:
+    flat = runner.layout.ravel({key: p.detach() for key, p in runner.used.items()})
+    return Trajectory(layout=runner.layout, end_flat=flat, names=tuple(runner.used), loss=runner.loss, steps=steps)
+
+
+def _check_implicit(runner: Runner, method: Implicit) -> None:
+    name, problem = runner.name, runner.problem
+    loss: Any = runner.response or runner.loss
+    if method.curvature == "gauss_newton" and not isinstance(loss, Composite):
+        nested = f"; with levels below ({runner.nested}) its structure is lost" if runner.nested else ""
+        raise ValueError(
+            f"problem {name!r}: curvature='gauss_newton' needs hg.Composite(outputs, criterion, penalty=None) as the "
+            f"loss, to tell the model from the criterion{nested}. Wrap it, or use curvature='hessian'."
+        )
+    if method.batches > problem.steps and not method.fresh:
+        raise ValueError(
+            f"problem {name!r}: Implicit(batches={method.batches}) averages the run's last batches, and the run takes "
+            f"steps={problem.steps}. Lower batches, take more steps, or draw new ones with fresh=True."
+        )
+    if method.fresh and problem.data is None:
+        raise ValueError(
+            f"problem {name!r}: Implicit(fresh=True) draws batches of its own, and the problem has no data. Give it "
+            "data=, or leave fresh=False."
+        )
+    if method.over is not None:
+        Responding.of(_run_of(runner, ()), method.over)

@@ -1,0 +1,290 @@
+"""Chains, diamonds and shared levels against closed forms; what is not exact is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from engine_cases import EXACT, Vec, draw, engine, error, problem, spd
+from torch import Tensor
+
+import hypergrad as hg
+
+N = 3
+A1, A2, A3 = spd(N, 1), spd(N, 2), spd(N, 3)
+B, C, D, E = (0.3 * draw(N, N, seed=k) for k in (4, 5, 6, 7))
+TARGET = draw(N, seed=8)
+
+
+# --- chains: a*(b, t), b*(t), the top loss reads both ------------------------------------------------------------------
+
+
+def loss_a(m: Any, _: Any) -> Tensor:
+    return 0.5 * m.a.v @ A1 @ m.a.v - m.a.v @ (B @ m.b.v + D @ torch.tanh(m.t.v))
+
+
+def loss_b(m: Any, _: Any) -> Tensor:
+    return 0.5 * m.b.v @ A2 @ m.b.v - m.b.v @ (C @ m.t.v) + 0.5 * (m.a.v**2).sum() + 0.1 * (m.b.v * m.a.v).sum()
+
+
+def loss_t(m: Any, _: Any) -> Tensor:
+    return 0.5 * ((m.b.v - TARGET) ** 2).sum() + 0.1 * (m.a.v**2).sum() + 0.05 * (m.t.v**2).sum()
+
+
+def a_star(b: Tensor, t: Tensor) -> Tensor:
+    return torch.linalg.solve(A1, B @ b + D @ torch.tanh(t))
+
+
+def total_b(b: Tensor, t: Tensor) -> Tensor:
+    a = a_star(b, t)
+    return 0.5 * b @ A2 @ b - b @ (C @ t) + 0.5 * (a**2).sum() + 0.1 * (b * a).sum()
+
+
+def b_star(t: Tensor, frozen: bool = False) -> Tensor:
+    zero = torch.zeros(N, dtype=t.dtype)
+    hessian = torch.func.hessian(total_b)(zero, t)
+    return -torch.linalg.solve(hessian, torch.func.grad(total_b)(zero, t))
+
+
+def total_t(t: Tensor) -> Tensor:
+    b = b_star(t)
+    a = a_star(b, t)
+    return 0.5 * ((b - TARGET) ** 2).sum() + 0.1 * (a**2).sum() + 0.05 * (t**2).sum()
+
+
+def chain(method_a: hg.Method, method_b: hg.Method, *, begin: bool = True, steps: int = 30, **options: Any) -> Any:
+    """Return the chain, begun at its solution, which thirty steps more leave at rounding error."""
+    a, b, t = Vec(N, 1), Vec(N, 2), Vec(N, 3)
+    if begin:
+        b.v.data = b_star(t.v.detach())
+        a.v.data = a_star(b.v.detach(), t.v.detach())
+    run = engine(
+        problem("a", a, loss_a, steps=steps, method=method_a, lr=0.4),
+        problem("b", b, loss_b, steps=3, method=method_b),
+        problem("t", t, loss_t, lr=1e-9),
+        **options,
+    )
+    return a, b, t, run
+
+
+@pytest.mark.parametrize("solver", [hg.CG(10, rtol=1e-13), hg.Exact(), hg.MINRES(12, rtol=1e-13), hg.GMRES(5, rtol=1e-13)])
+def test_a_chain_of_implicit_levels_equals_the_closed_form(solver: hg.Solver) -> None:
+    _, _, t, run = chain(hg.Implicit(solver), hg.Implicit(solver))
+    run.step()
+    assert error(t.v.grad, torch.func.grad(total_t)(t.v.detach())) < 1e-8
+
+
+def test_a_chain_with_an_unrolled_lowest_level_equals_the_closed_form() -> None:
+    _, _, t, run = chain(hg.Unrolled(), EXACT, steps=45)
+    run.step()
+    assert error(t.v.grad, torch.func.grad(total_t)(t.v.detach())) < 1e-8
+
+
+@pytest.mark.parametrize("method", [EXACT, hg.Unrolled()], ids=["implicit", "unrolled"])
+def test_a_chain_with_an_unrolled_middle_level_equals_the_closed_form(method: hg.Method) -> None:
+    a, b, t = Vec(N, 1), Vec(N, 2), Vec(N, 3)
+    run = engine(
+        problem("a", a, loss_a, steps=35, method=method, lr=0.5),
+        problem("b", b, loss_b, steps=40, method=hg.Unrolled(), lr=0.5),
+        problem("t", t, loss_t, lr=1e-9),
+    )
+    run.step()
+    assert error(t.v.grad, torch.func.grad(total_t)(t.v.detach())) < 1e-7
+
+
+@pytest.mark.parametrize("method", [hg.FiniteDifference(epsilon=1e-4, step_size=0.7), hg.OneStep(step_size=0.7)])
+def test_a_first_order_middle_level_equals_its_formula(method: hg.Method) -> None:
+    """The inverse Hessian of the middle level is taken to be a step size; the lower response in it is exact."""
+    _, _, t, run = chain(EXACT, method, steps=60)
+    run.step()
+    at = t.v.detach()
+    b = b_star(at)
+
+    def top(b: Tensor, t: Tensor) -> Tensor:
+        a = a_star(b, t)
+        return 0.5 * ((b - TARGET) ** 2).sum() + 0.1 * (a**2).sum() + 0.05 * (t**2).sum()
+
+    v = torch.func.grad(top)(b, at)
+    mixed = torch.func.grad(lambda t: torch.func.grad(total_b)(b, t) @ v)(at)
+    expected = torch.func.grad(top, argnums=1)(b, at) - 0.7 * mixed
+    assert error(t.v.grad, expected) < 1e-6
+
+
+def test_sama_in_the_middle_runs_the_level_below_again() -> None:
+    _, _, t, run = chain(EXACT, hg.SAMA(epsilon=1e-4), steps=60)
+    _, _, s, other = chain(EXACT, hg.FiniteDifference(epsilon=1e-4, step_size=0.3), steps=60)
+    run.step()
+    other.step()
+    assert s.v.grad is not None
+    assert error(t.v.grad, s.v.grad) < 1e-6
+
+
+def test_unrolled_through_two_levels_equals_finite_differences_of_the_program() -> None:
+    """Both lower levels begin anew each time, so the whole program is a function of the top level's variables."""
+
+    def loss_top(m: Any, _: Any) -> Tensor:
+        return 0.5 * ((m.b.v - TARGET) ** 2).sum() + 0.05 * (m.t.v**2).sum()
+
+    def build(value: Tensor | None = None) -> Any:
+        a, b, t = Vec(N, 1), Vec(N, 2), Vec(N, 3)
+        if value is not None:
+            t.v.data = value
+        run = engine(
+            problem("a", a, loss_a, steps=2, method=hg.Unrolled(), after="restart"),
+            problem("b", b, loss_b, steps=3, method=hg.Unrolled(), after="restart"),
+            problem("t", t, loss_top, lr=1e-12),
+        )
+        return t, run
+
+    t, run = build()
+    at = t.v.detach().clone()
+    run.step()
+    epsilon, expected = 1e-5, torch.zeros(N, dtype=torch.float64)
+    for k in range(N):
+        values = []
+        for sign in (1, -1):
+            moved = at.clone()
+            moved[k] += sign * epsilon
+            values.append(build(moved)[1].step().read("t.loss"))
+        expected[k] = (values[0] - values[1]) / (2 * epsilon)
+    assert error(t.v.grad, expected) < 1e-7
+
+
+def test_four_levels_equal_the_closed_form() -> None:
+    def low(name: str, matrix: Tensor, mixing: Tensor, above: str) -> Any:
+        def loss(m: Any, _: Any) -> Tensor:
+            v = getattr(m, name).v
+            return 0.5 * v @ matrix @ v - v @ (mixing @ getattr(m, above).v)
+
+        return loss
+
+    def loss_c(m: Any, _: Any) -> Tensor:
+        return 0.5 * m.c.v @ A3 @ m.c.v - m.c.v @ m.d.v + 0.2 * (m.b.v**2).sum()
+
+    def loss_b4(m: Any, batch: Any) -> Tensor:
+        return low("b", A2, C, "c")(m, batch) + 0.2 * (m.a.v**2).sum()
+
+    def loss_d(m: Any, _: Any) -> Tensor:
+        return 0.5 * ((m.c.v - TARGET) ** 2).sum() + 0.05 * (m.d.v**2).sum()
+
+    inverse_a = torch.linalg.inv(A1) @ B
+    hessian_b = A2 + 0.4 * inverse_a.T @ inverse_a
+    inverse_b = torch.linalg.inv(hessian_b) @ C
+    hessian_c = A3 + 0.4 * inverse_b.T @ inverse_b
+    a, b, c, d = (Vec(N, k) for k in range(4))
+    c.v.data = torch.linalg.solve(hessian_c, d.v.detach())
+    b.v.data = inverse_b @ c.v.detach()
+    a.v.data = inverse_a @ b.v.detach()
+    run = engine(
+        problem("a", a, low("a", A1, B, "b"), steps=2, method=hg.Implicit(hg.Exact())),
+        problem("b", b, loss_b4, steps=2, method=hg.Implicit(hg.Exact())),
+        problem("c", c, loss_c, steps=2, method=hg.Implicit(hg.Exact())),
+        problem("d", d, loss_d, lr=1e-9),
+    )
+    run.step()
+
+    def total(d: Tensor) -> Tensor:
+        return 0.5 * ((torch.linalg.solve(hessian_c, d) - TARGET) ** 2).sum() + 0.05 * (d**2).sum()
+
+    assert error(d.v.grad, torch.func.grad(total)(d.v.detach())) < 1e-8
+
+
+# --- wider graphs -------------------------------------------------------------------------------------------------------
+
+
+def test_two_bottoms_read_by_one_top() -> None:
+    a, b, t = Vec(N, 1), Vec(N, 2), Vec(N, 3)
+
+    def loss_top(m: Any, _: Any) -> Tensor:
+        return ((m.a.v - TARGET) ** 2).sum() + (m.a.v * m.b.v).sum() + 0.1 * (m.t.v**2).sum()
+
+    run = engine(
+        [
+            problem("a", a, lambda m, _: 0.5 * m.a.v @ A1 @ m.a.v - m.a.v @ (B @ m.t.v), steps=80, method=EXACT),
+            problem("b", b, lambda m, _: 0.5 * m.b.v @ A2 @ m.b.v - m.b.v @ (C @ m.t.v), steps=80, method=hg.Unrolled()),
+        ],
+        problem("t", t, loss_top, lr=1e-9),
+    )
+    run.step()
+
+    def total(t: Tensor) -> Tensor:
+        a, b = torch.linalg.solve(A1, B @ t), torch.linalg.solve(A2, C @ t)
+        return ((a - TARGET) ** 2).sum() + (a * b).sum() + 0.1 * (t**2).sum()
+
+    assert error(t.v.grad, torch.func.grad(total)(t.v.detach())) < 1e-8
+
+
+def test_one_bottom_read_by_two_tops() -> None:
+    a, s, t = Vec(N, 1), Vec(N, 2), Vec(N, 3)
+    run = engine(
+        problem("a", a, lambda m, _: 0.5 * m.a.v @ A1 @ m.a.v - m.a.v @ (B @ m.t.v + C @ m.s.v), steps=80, method=EXACT),
+        [
+            problem("s", s, lambda m, _: ((m.a.v - TARGET) ** 2).sum(), lr=1e-9),
+            problem("t", t, lambda m, _: (m.a.v**2).sum() + (m.t.v**2).sum(), lr=1e-9),
+        ],
+    )
+    run.step()
+    at, other = t.v.detach(), s.v.detach()
+    grad_t = torch.func.grad(lambda t: (torch.linalg.solve(A1, B @ t + C @ other) ** 2).sum() + (t**2).sum())(at)
+    grad_s = torch.func.grad(lambda s: ((torch.linalg.solve(A1, B @ at + C @ s) - TARGET) ** 2).sum())(other)
+    assert error(t.v.grad, grad_t) < 1e-8
+    assert error(s.v.grad, grad_s) < 1e-8
+
+
+def test_a_diamond_whose_middle_levels_do_not_see_each_other() -> None:
+    """The top moves two middle problems, both move the bottom, and the top reads the bottom."""
+    a, b, c, t = (Vec(N, k) for k in range(1, 5))
+    run = engine(
+        problem("a", a, lambda m, _: 0.5 * m.a.v @ A1 @ m.a.v - m.a.v @ (B @ m.b.v + C @ m.c.v), steps=60, method=EXACT),
+        [
+            problem("b", b, lambda m, _: 0.5 * m.b.v @ A2 @ m.b.v - m.b.v @ (D @ m.t.v), steps=60, method=EXACT),
+            problem("c", c, lambda m, _: 0.5 * m.c.v @ A3 @ m.c.v - m.c.v @ (E @ m.t.v), steps=60, method=EXACT),
+        ],
+        problem("t", t, lambda m, _: 0.5 * ((m.a.v - TARGET) ** 2).sum() + (m.b.v * m.c.v).sum(), lr=1e-9),
+    )
+    run.step()
+
+    def total(t: Tensor) -> Tensor:
+        b, c = torch.linalg.solve(A2, D @ t), torch.linalg.solve(A3, E @ t)
+        a = torch.linalg.solve(A1, B @ b + C @ c)
+        return 0.5 * ((a - TARGET) ** 2).sum() + (b * c).sum()
+
+    assert error(t.v.grad, torch.func.grad(total)(t.v.detach())) < 1e-7
+
+
+def coupled(method: hg.Method, **options: Any) -> Any:
+    """Return a diamond in which each middle problem moves the bottom that the other reads."""
+    a, b, c, t = (Vec(N, k) for k in range(1, 5))
+    run = engine(
+        problem("a", a, lambda m, _: 0.5 * m.a.v @ A1 @ m.a.v - m.a.v @ (B @ m.b.v + C @ m.c.v), steps=60, method=EXACT),
+        [
+            problem("b", b, lambda m, _: 0.5 * m.b.v @ A2 @ m.b.v - m.b.v @ (D @ m.t.v + m.a.v), steps=60, method=method),
+            problem("c", c, lambda m, _: 0.5 * m.c.v @ A3 @ m.c.v - m.c.v @ (E @ m.t.v - m.a.v), steps=60, method=method),
+        ],
+        problem("t", t, lambda m, _: 0.5 * ((m.a.v - TARGET) ** 2).sum() + (m.b.v * m.c.v).sum(), lr=1e-9),
+        **options,
+    )
+    return t, run
+
+
+def test_a_diamond_whose_middle_levels_meet_at_the_bottom_is_refused_or_exact() -> None:
+    def stationary(bc: Tensor, t: Tensor) -> Tensor:
+        b, c = bc.split(N)
+
+        def a(b: Tensor, c: Tensor) -> Tensor:
+            return torch.linalg.solve(A1, B @ b + C @ c)
+
+        grad_b = torch.func.grad(lambda b: 0.5 * b @ A2 @ b - b @ (D @ t + a(b, c)))(b)
+        grad_c = torch.func.grad(lambda c: 0.5 * c @ A3 @ c - c @ (E @ t - a(b, c)))(c)
+        return torch.cat([grad_b, grad_c])
+
+    def total(t: Tensor) -> Tensor:
+        zero = torch.zeros(2 * N, dtype=torch.float64)
+        b, c = torch.linalg.solve(torch.func.jacrev(stationary)(zero, t), -stationary(zero, t)).split(N)
+        a = torch.linalg.solve(A1, B @ b + C @ c)
+        return 0.5 * ((a - TARGET) ** 2).sum() + (b * c).sum()
+
+    t, run = coupled(EXACT)
+    run.step()
+    assert error(t.v.grad, torch.func.grad(total)(t.v.detach())) < 1e-7
