@@ -16,10 +16,12 @@ from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch._functorch import config as functorch_config
 
 from hypergrad._flat import Layout, Params
 from hypergrad._functional import (
     Loss,
+    RandomState,
     Residual,
     Tape,
     called_modules,
@@ -107,16 +109,30 @@ def compiled_gradient(
         with torch.no_grad():
             found.modules = WeakSet(called_modules(lambda: found.loss(*arguments)))
         _check_no_draws(layout.device, state)
+    from torch._dynamo.exc import TorchDynamoException  # importing it takes seconds
+
     with on_copies(found.modules), _retained():
         try:
             grad: Tensor = found.gradient(*arguments)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            raise ValueError(
-                "compile=True: torch.compile cannot take the lower loss whole, or met too many shapes and Python values in "
-                f"its batches. Use compile=False, or change what it names: {error}"
-            ) from error
+        except TorchDynamoException as error:
+            raise ValueError(_refusal(str(error))) from error
     _check_no_draws(layout.device, state)
     return grad
+
+
+def _refusal(error: str) -> str:
+    """Return what to say of a loss that `torch.compile` does not take."""
+    if "mutate a captured Tensor" in error:
+        return (
+            "compile=True: the lower loss writes to a buffer of a module (batch normalization's running statistics, "
+            "for instance), which compiled gradients cannot. Pass clones: functional_call(net, {**lower, **{name: "
+            "b.clone() for name, b in net.named_buffers()}}, x). Or use compile=False."
+        )
+    summary = " ".join(line.strip() for line in error.strip().splitlines()[:3])[:400]
+    return (
+        "compile=True: torch.compile cannot take the lower loss whole, or met too many shapes and Python values in its "
+        f"batches. Use compile=False, or change what it names: {summary}"
+    )
 
 
 def to_compile(owner: str, compile: Compile) -> Compile:
@@ -129,8 +145,9 @@ def to_compile(owner: str, compile: Compile) -> Compile:
         return False
     if in_transform():
         raise ValueError(
-            f"{owner}: compile={compile!r} inside a torch.func transform (vmap, grad), which would trace the compiled code "
-            "again. Construct it with compile=False there, and compile the whole: torch.compile(torch.func.vmap(f))."
+            f"{owner}: compile={compile!r} inside a torch.func transform (vmap, grad), which would trace the compiled "
+            "code again. Construct it with compile=False there, and compile the whole: "
+            "torch.compile(torch.func.vmap(f))."
         )
     return compile
 
@@ -156,7 +173,7 @@ class _Compiled:
             _of_its_own(gradient),
             fullgraph=True,
             dynamic=False,
-            backend="inductor" if compile is True else compile,
+            backend=compile if isinstance(compile, str) else "inductor",
         )
 
 
@@ -170,12 +187,13 @@ def _lookup(loss: Loss, key: tuple[Layout, int, bool, Compile]) -> _Compiled:
         known = _cache.setdefault(owner, {})
     except TypeError as error:
         raise ValueError(
-            f"compile=True needs a lower loss that can be hashed and referred to weakly, got {type(loss).__name__}. Pass a "
-            "function, or use compile=False."
+            f"compile=True needs a lower loss that can be hashed and referred to weakly, got {type(loss).__name__}. "
+            "Pass a function, or use compile=False."
         ) from error
-    if (rest, *key) not in known:
-        known[rest, *key] = _Compiled(key[0], key[3])
-    return known[rest, *key]
+    layout, _, _, compile = key
+    if (rest, key) not in known:
+        known[rest, key] = _Compiled(layout, compile)
+    return known[rest, key]
 
 
 def _of_its_own(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -193,19 +211,20 @@ def _of_its_own(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 @contextlib.contextmanager
 def _retained() -> Iterator[None]:
     """Compile graphs whose buffers outlive a backward pass, so that it can be repeated."""
-    with torch._functorch.config.patch(donated_buffer=False):  # type: ignore[no-untyped-call]
+    with functorch_config.patch(donated_buffer=False):
         yield
 
 
-def _check_no_draws(device: torch.device, before: Any) -> None:
+def _check_no_draws(device: torch.device, before: RandomState | None) -> None:
     after = random_state(device)
-    assert before is not None and after is not None
+    if before is None or after is None:
+        return
     same = torch.equal(before.cpu, after.cpu)
     if before.accelerator is not None and after.accelerator is not None:
         same = same and torch.equal(before.accelerator, after.accelerator)
     if not same:
         restore_random_state(before)
         raise ValueError(
-            "compile=True: the lower loss draws random numbers (dropout, for instance), and compiled code draws others than "
-            "the lower step did. Use compile=False, or put the module in eval mode."
+            "compile=True: the lower loss draws random numbers (dropout, for instance), and compiled code draws others "
+            "than the lower step did. Use compile=False, or put the module in eval mode."
         )

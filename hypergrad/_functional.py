@@ -249,7 +249,7 @@ def called_modules(function: Callable[[], Any]) -> set[nn.Module]:
 
 @contextlib.contextmanager
 def on_copies(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Run the body with `modules` on copies of their buffers, and with no hooks of ours, which would be compiled too."""
+    """Run the body with `modules` on copies of their buffers, without our hooks, which would be compiled too."""
     stand_ins, modules = _StandIns(), list(modules)
     found = {inner: inner.training for module in modules for inner in module.modules()}
     patched, nn.Module.train = nn.Module.train, _train  # type: ignore[method-assign]

@@ -123,8 +123,8 @@ class Step:
     ) -> tuple[Tensor, States, Params]:
         """Return the cotangents of (flat, states, upper) from those of the step's outcome.
 
-        One evaluation of the gradient and one product; where the gradient was taped, the product alone. `compile` compiles
-        both; the optimizer's update stays eager, so that its step count may be a Python number.
+        One evaluation of the gradient and one product; where the gradient was taped, the product alone. `compile`
+        compiles both; the optimizer's update stays eager, so that its step count may be a Python number.
         """
         if in_transform():
             return self._pull_by_transform(flat, states, upper, cotangents)

@@ -44,7 +44,8 @@ class Implicit(ResponseMethod):
         over: prefixes of lower names that respond; the other lower parameters count as constants. None for all.
         compile: compile the gradient that is taped, and with it each product: True, or the name of a backend of
             `torch.compile`. Once for each loss object and layout, which takes seconds to minutes; worth it over many
-            calls. The loss must draw no random numbers. Derivatives of the rule itself (`best_response` twice) stay eager.
+            calls. The loss must draw no random numbers. Derivatives of the rule itself (`best_response` twice) stay
+            eager.
         fresh: draw the `batches` anew once per lower run instead of taking the run's last; engine only.
         decoupled: what to do about decoupled weight decay (AdamW), which moves the fixed point in a way that this
             condition does not describe: "refuse" or "ignore".
@@ -98,7 +99,7 @@ class Implicit(ResponseMethod):
         check_option(isinstance(self.compile, bool | str), "Implicit", "compile", self.compile, COMPILE)
         if self.compile and self.curvature == "gauss_newton":
             raise ValueError(
-                f"Implicit: compile={self.compile!r} serves curvature='hessian'; Gauss-Newton products run eagerly. Leave one "
+                f"Implicit: compile={self.compile!r} serves curvature='hessian', not 'gauss_newton'. Leave one "
                 "of them out."
             )
         if self.warm_start and not self.solver.uses_initial:

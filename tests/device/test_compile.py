@@ -1,7 +1,7 @@
 """The core inside `torch.compile(fullgraph=True, dynamic=False)`: whole-graph, equal to eager.
 
-The backend "aot_eager" traces forwards and backwards as inductor would and runs the graph as it is, in seconds. The quick
-cases cover each method and solver once; the full cross product and one inductor case are slow.
+The backend "aot_eager" traces forwards and backwards as inductor would and runs the graph as it is, in seconds. The
+quick cases cover each method and solver once; the full cross product and one inductor case are slow.
 """
 
 from __future__ import annotations
