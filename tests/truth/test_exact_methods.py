@@ -184,9 +184,7 @@ def test_a_lower_loss_whose_mixed_derivative_is_zero(name: str) -> None:
     p = problem("quadratic")
 
     def lower_loss(w, u, b):
-        return (
-            0.5 * (w["weight"] ** 2 * torch.arange(1.0, 3.0, dtype=torch.float64)).sum() + (u["v"] ** 2).sum()
-        )
+        return 0.5 * (w["weight"] ** 2 * torch.arange(1.0, 3.0, dtype=torch.float64)).sum() + (u["v"] ** 2).sum()
 
     lower = {"weight": torch.zeros_like(p.lower["weight"])}
     known = dataclasses.replace(p, lower_loss=lower_loss, largest=2.0, smallest=1.0)
@@ -213,9 +211,7 @@ def test_a_warm_start_at_the_solution_takes_no_step(solver: hg.Solver) -> None:
 def test_damping_is_the_damped_system() -> None:
     p = problem("quadratic")
     w = torch.cat([x.reshape(-1) for x in p.solved_at().values()])
-    hessian = torch.func.jacrev(
-        torch.func.grad(lambda v: p.lower_loss({"weight": v.view(-1, 2)}, p.upper, None))
-    )(w)
+    hessian = torch.func.jacrev(torch.func.grad(lambda v: p.lower_loss({"weight": v.view(-1, 2)}, p.upper, None)))(w)
     cotangent = torch.func.grad(lambda v: p.upper_loss({"weight": v.view(-1, 2)}, p.upper, None))(w)
     x = torch.linalg.solve(hessian + 0.3 * torch.eye(6).double(), cotangent)
 
