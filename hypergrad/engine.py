@@ -6,16 +6,18 @@ import copy
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from hypergrad._flat import Params
-from hypergrad._functional import add, random_state, replaying, restore_random_state
+from hypergrad._functional import RandomState, add, random_state, replaying, restore_random_state
 from hypergrad._result import Result, SolveError
 from hypergrad.callbacks.base import Callback
 from hypergrad.checks import arrange, check_runner
+from hypergrad.coupling import by_problem, ravel, settle
 from hypergrad.graph import Graph
 from hypergrad.history import History, Record
 from hypergrad.methods import Implicit, Pulled, Reptile, ResponseMethod
@@ -259,19 +261,27 @@ class Engine:
         grad = partials.pop(runner.name)
         codes: list[Tensor] = []
         after = random_state(runner.layout.device)
+        done: set[str] = set()
         for r in lower:  # lowest first: what it pulls back adds to the cotangents of the levels between
-            if r.name not in partials:
+            group = [self.runners[name] for name in self.graph.coupled(r.name) if name in trajectories]
+            if r.name in done or not any(member.name in partials for member in group):
                 continue
-            pulled = self._pull(runner, r, trajectories[r.name], partials.pop(r.name), batch, random, record)
-            if not isinstance(r.problem.method, ResponseMethod):
-                grad = {}  # such a method returns the direct term as well
-            for target, part in _by_problem(pulled.grad).items():
-                if target == runner.name:
-                    grad = add(grad, part)
-                elif target in trajectories:
-                    partials[target] = add(partials.get(target, {}), part)
-            if pulled.result is not None:
-                codes.append(pulled.result)
+            done |= {member.name for member in group}
+            pull = partial(self._pull, runner, trajectories, batch=batch, random=random, record=record)
+            cotangents = {m.name: partials.pop(m.name, {}) for m in group}
+            if len(group) > 1:
+                cotangents = settle(group, cotangents, pull)
+            for member in group:
+                pulled = pull(member, cotangents[member.name])
+                if not isinstance(member.problem.method, ResponseMethod):
+                    grad = {}  # such a method returns the direct term as well
+                for target, part in by_problem(pulled.grad).items():
+                    if target == runner.name:
+                        grad = add(grad, part)
+                    elif target in trajectories and target not in cotangents:
+                        partials[target] = add(partials.get(target, {}), part)
+                if pulled.result is not None:
+                    codes.append(pulled.result)
         if lower:
             restore_random_state(after)
         return Gradient(runner, value, grad, codes, batch)
@@ -289,20 +299,22 @@ class Engine:
         record.put(runner.name, "loss", outcome["value"])
         for key, metric in outcome["metrics"].items():
             record.put(runner.name, key, metric)
-        grad = _by_problem(outcome["grad"]).get(runner.name, {})
+        grad = by_problem(outcome["grad"]).get(runner.name, {})
         return Gradient(runner, outcome["value"], grad, [outcome["code"]], batch)
 
     def _pull(
         self,
         top: Runner,
+        trajectories: Mapping[str, Trajectory],
         runner: Runner,
-        trajectory: Trajectory,
         cotangent: Params,
+        *,
         batch: Any,
-        random: Any,
+        random: RandomState | None,
         record: Record,
     ) -> Pulled:
-        """Return the cotangents of the problems above `runner` from one of its solution."""
+        """Return the cotangents of the problems that the solution of `runner` depends on, from one of its solution."""
+        trajectory = trajectories[runner.name]
         method = runner.problem.method
         upper = self._upper(self.graph.targets(runner.name, top.name))
         if isinstance(method, Reptile):
@@ -322,10 +334,7 @@ class Engine:
             with replaying(random):
                 pulled: Pulled = method.total(upper_loss, trajectory, upper, batch, None)
         else:
-            vector = runner.layout.ravel(
-                {key: cotangent.get(key, torch.zeros_like(p)) for key, p in runner.used.items()}
-            )
-            pulled = method.vjp(trajectory, upper, vector, runner.warm.get(top.name))
+            pulled = method.vjp(trajectory, upper, ravel(runner, cotangent), runner.warm.get(top.name))
             if pulled.state is not None:
                 runner.warm[top.name] = pulled.state
         for key, stat in pulled.stats.items():
@@ -420,12 +429,3 @@ class Gradient:
     def is_hypergradient(self) -> bool:
         """Return whether levels below respond in it."""
         return bool(self.runner.graph.reaching(self.runner.name))
-
-
-def _by_problem(grad: Params) -> dict[str, Params]:
-    """Return cotangents named "problem.parameter" as one dict per problem."""
-    parts: dict[str, Params] = {}
-    for key, value in grad.items():
-        name, parameter = key.split(".", 1)
-        parts.setdefault(name, {})[parameter] = value
-    return parts

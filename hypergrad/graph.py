@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from hypergrad.methods import ForwardUnrolled, Method, Reptile, ResponseMethod, Unrolled
+from hypergrad.methods import ForwardUnrolled, Implicit, Method, Reptile, ResponseMethod, Unrolled
 from hypergrad.problem import Problem
 from hypergrad.reads import Reads
 
@@ -50,20 +50,39 @@ class Graph:
         return any(name in self.below(p) and self.is_perturbed(p) for p in self.problems)
 
     def depends(self, name: str) -> set[str]:
-        """Return the problems above `name` on which its solution depends, its lower levels' responses included."""
+        """Return the problems on which the solution of `name` depends, its lower levels' responses included.
+
+        They are above it; or beside it, where both move a level below that one of them reads.
+        """
         if name not in self._depends:
-            direct = self.reads[name].connected | self.reads[name].started
-            above = {other for other in direct if self.level_of[other] > self.level_of[name]}
-            for other in self.below(name):
-                above |= {t for t in self.depends(other) if self.level_of[t] > self.level_of[name]}
-            self._depends[name] = above
+            level = self.level_of[name]
+            found, queue = set[str](), [name]
+            while queue:
+                present = queue.pop()
+                direct = self.reads[present].connected | self.reads[present].started
+                reached = {other for other in direct if self.level_of[other] > level}
+                for other in self.below(present):
+                    reached |= {t for t in self.depends(other) if self.level_of[t] > level or self._beside(t, level)}
+                queue += [other for other in reached - found if self.level_of[other] == level]
+                found |= reached
+            self._depends[name] = found - {name}
         return self._depends[name]
+
+    def _beside(self, name: str, level: int) -> bool:
+        """Return whether `name` is on this level and moves with the others there."""
+        return self.level_of[name] == level and self.problems[name].responds and not self.partial_hessian
+
+    def coupled(self, name: str) -> list[str]:
+        """Return the problems on the level of `name` that move with it, itself included, in order."""
+        level = self.level_of[name]
+        peers = {other for other in self.depends(name) if self.level_of[other] == level}
+        return [p.name for p in self.levels[level] if p.name in peers or p.name == name]
 
     def reaching(self, name: str) -> list[str]:
         """Return the problems below `name` whose solutions depend on it, directly or through others, lowest first."""
         reaching: set[str] = set()
         for level in reversed(range(self.level_of[name])):
-            for problem in self.levels[level]:
+            for problem in self.levels[level]:  # `depends` is closed under the moves of problems beside it
                 targets = self.depends(problem.name)
                 if problem.responds and (name in targets or targets & reaching):
                     reaching.add(problem.name)
@@ -162,6 +181,7 @@ class Graph:
         reaching = self.reaching(name)
         read = [other for other in self.below(name) if other in reaching]
         self._validate_tasks(problem, reaching)
+        self._validate_coupled(problem, reaching)
         for other in read:
             method = self.problems[other].method
             if method is None:
@@ -186,6 +206,24 @@ class Graph:
             if self.below(other):
                 raise ValueError(
                     f"problem {other!r} has tasks and levels below it; only a lowest level can have tasks."
+                )
+
+    def _validate_coupled(self, reader: Problem, reaching: list[str]) -> None:
+        for name in reaching:
+            group = self.coupled(name)
+            if len(group) == 1:
+                continue
+            inexact = [other for other in group if not isinstance(self.problems[other].method, Implicit)]
+            above = self.problems[reader.name].method is not None and any(
+                reader.name in self.reaching(other) for other in self.problems
+            )
+            if inexact or above:
+                raise ValueError(
+                    f"problems {group} on one level move each other through a level below that they share, so their "
+                    f"solutions respond to {reader.name!r} together. That is exact for hg.Implicit on each of them and "
+                    f"one level above; here {inexact or [reader.name]} stand in the way. Put them on levels of their own, "
+                    "or pass Engine(partial_hessian=True), which holds the level below fixed in curvature and mixed "
+                    "partial."
                 )
 
     def _validate_method(self, reader: Problem, lower: Problem, method: Method, read: list[str]) -> None:

@@ -36,6 +36,7 @@ LAYERS: dict[str, float] = {
     "stepper": 6.3,
     "runner": 6.5,
     "checks": 6.7,
+    "coupling": 6.8,
     "tasks": 6.6,
     "engine": 7.6,
     "callbacks": 7.5,

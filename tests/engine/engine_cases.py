@@ -27,10 +27,10 @@ def draw(*shape: int, seed: int) -> Tensor:
 
 def spd(n: int, seed: int) -> Tensor:
     q = draw(n, n, seed=seed)
-    return q @ q.T / n + torch.eye(n, dtype=torch.float64)
+    return 0.2 * q @ q.T / n + torch.eye(n, dtype=torch.float64)
 
 
-def problem(name: str, module: nn.Module, loss: Any, *, lr: float = 0.3, **options: Any) -> hg.Problem:
+def problem(name: str, module: nn.Module, loss: Any, *, lr: float = 0.8, **options: Any) -> hg.Problem:
     """Return a full-batch problem under SGD."""
     options.setdefault("optimizer", torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=lr))
     options.setdefault("data", [None])

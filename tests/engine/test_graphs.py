@@ -43,7 +43,7 @@ def total_b(b: Tensor, t: Tensor) -> Tensor:
 
 def b_star(t: Tensor, frozen: bool = False) -> Tensor:
     zero = torch.zeros(N, dtype=t.dtype)
-    hessian = torch.func.hessian(total_b)(zero, t)
+    hessian = torch.func.jacrev(torch.func.grad(total_b))(zero, t)
     return -torch.linalg.solve(hessian, torch.func.grad(total_b)(zero, t))
 
 
@@ -53,14 +53,14 @@ def total_t(t: Tensor) -> Tensor:
     return 0.5 * ((b - TARGET) ** 2).sum() + 0.1 * (a**2).sum() + 0.05 * (t**2).sum()
 
 
-def chain(method_a: hg.Method, method_b: hg.Method, *, begin: bool = True, steps: int = 30, **options: Any) -> Any:
+def chain(method_a: hg.Method, method_b: hg.Method, *, begin: bool = True, steps: int = 4, **options: Any) -> Any:
     """Return the chain, begun at its solution, which thirty steps more leave at rounding error."""
     a, b, t = Vec(N, 1), Vec(N, 2), Vec(N, 3)
     if begin:
         b.v.data = b_star(t.v.detach())
         a.v.data = a_star(b.v.detach(), t.v.detach())
     run = engine(
-        problem("a", a, loss_a, steps=steps, method=method_a, lr=0.4),
+        problem("a", a, loss_a, steps=steps, method=method_a),
         problem("b", b, loss_b, steps=3, method=method_b),
         problem("t", t, loss_t, lr=1e-9),
         **options,
@@ -76,7 +76,7 @@ def test_a_chain_of_implicit_levels_equals_the_closed_form(solver: hg.Solver) ->
 
 
 def test_a_chain_with_an_unrolled_lowest_level_equals_the_closed_form() -> None:
-    _, _, t, run = chain(hg.Unrolled(), EXACT, steps=45)
+    _, _, t, run = chain(hg.Unrolled(), EXACT, steps=16)
     run.step()
     assert error(t.v.grad, torch.func.grad(total_t)(t.v.detach())) < 1e-8
 
@@ -85,8 +85,8 @@ def test_a_chain_with_an_unrolled_lowest_level_equals_the_closed_form() -> None:
 def test_a_chain_with_an_unrolled_middle_level_equals_the_closed_form(method: hg.Method) -> None:
     a, b, t = Vec(N, 1), Vec(N, 2), Vec(N, 3)
     run = engine(
-        problem("a", a, loss_a, steps=35, method=method, lr=0.5),
-        problem("b", b, loss_b, steps=40, method=hg.Unrolled(), lr=0.5),
+        problem("a", a, loss_a, steps=16, method=method),
+        problem("b", b, loss_b, steps=26, method=hg.Unrolled()),
         problem("t", t, loss_t, lr=1e-9),
     )
     run.step()
@@ -96,7 +96,7 @@ def test_a_chain_with_an_unrolled_middle_level_equals_the_closed_form(method: hg
 @pytest.mark.parametrize("method", [hg.FiniteDifference(epsilon=1e-4, step_size=0.7), hg.OneStep(step_size=0.7)])
 def test_a_first_order_middle_level_equals_its_formula(method: hg.Method) -> None:
     """The inverse Hessian of the middle level is taken to be a step size; the lower response in it is exact."""
-    _, _, t, run = chain(EXACT, method, steps=60)
+    _, _, t, run = chain(EXACT, method, steps=20)
     run.step()
     at = t.v.detach()
     b = b_star(at)
@@ -112,8 +112,8 @@ def test_a_first_order_middle_level_equals_its_formula(method: hg.Method) -> Non
 
 
 def test_sama_in_the_middle_runs_the_level_below_again() -> None:
-    _, _, t, run = chain(EXACT, hg.SAMA(epsilon=1e-4), steps=60)
-    _, _, s, other = chain(EXACT, hg.FiniteDifference(epsilon=1e-4, step_size=0.3), steps=60)
+    _, _, t, run = chain(EXACT, hg.SAMA(epsilon=1e-4), steps=20)
+    _, _, s, other = chain(EXACT, hg.FiniteDifference(epsilon=1e-4, step_size=0.8), steps=20)
     run.step()
     other.step()
     assert s.v.grad is not None
@@ -201,8 +201,8 @@ def test_two_bottoms_read_by_one_top() -> None:
 
     run = engine(
         [
-            problem("a", a, lambda m, _: 0.5 * m.a.v @ A1 @ m.a.v - m.a.v @ (B @ m.t.v), steps=80, method=EXACT),
-            problem("b", b, lambda m, _: 0.5 * m.b.v @ A2 @ m.b.v - m.b.v @ (C @ m.t.v), steps=80, method=hg.Unrolled()),
+            problem("a", a, lambda m, _: 0.5 * m.a.v @ A1 @ m.a.v - m.a.v @ (B @ m.t.v), steps=20, method=EXACT),
+            problem("b", b, lambda m, _: 0.5 * m.b.v @ A2 @ m.b.v - m.b.v @ (C @ m.t.v), steps=20, method=hg.Unrolled()),
         ],
         problem("t", t, loss_top, lr=1e-9),
     )
@@ -218,7 +218,7 @@ def test_two_bottoms_read_by_one_top() -> None:
 def test_one_bottom_read_by_two_tops() -> None:
     a, s, t = Vec(N, 1), Vec(N, 2), Vec(N, 3)
     run = engine(
-        problem("a", a, lambda m, _: 0.5 * m.a.v @ A1 @ m.a.v - m.a.v @ (B @ m.t.v + C @ m.s.v), steps=80, method=EXACT),
+        problem("a", a, lambda m, _: 0.5 * m.a.v @ A1 @ m.a.v - m.a.v @ (B @ m.t.v + C @ m.s.v), steps=20, method=EXACT),
         [
             problem("s", s, lambda m, _: ((m.a.v - TARGET) ** 2).sum(), lr=1e-9),
             problem("t", t, lambda m, _: (m.a.v**2).sum() + (m.t.v**2).sum(), lr=1e-9),
@@ -236,10 +236,10 @@ def test_a_diamond_whose_middle_levels_do_not_see_each_other() -> None:
     """The top moves two middle problems, both move the bottom, and the top reads the bottom."""
     a, b, c, t = (Vec(N, k) for k in range(1, 5))
     run = engine(
-        problem("a", a, lambda m, _: 0.5 * m.a.v @ A1 @ m.a.v - m.a.v @ (B @ m.b.v + C @ m.c.v), steps=60, method=EXACT),
+        problem("a", a, lambda m, _: 0.5 * m.a.v @ A1 @ m.a.v - m.a.v @ (B @ m.b.v + C @ m.c.v), steps=20, method=EXACT),
         [
-            problem("b", b, lambda m, _: 0.5 * m.b.v @ A2 @ m.b.v - m.b.v @ (D @ m.t.v), steps=60, method=EXACT),
-            problem("c", c, lambda m, _: 0.5 * m.c.v @ A3 @ m.c.v - m.c.v @ (E @ m.t.v), steps=60, method=EXACT),
+            problem("b", b, lambda m, _: 0.5 * m.b.v @ A2 @ m.b.v - m.b.v @ (D @ m.t.v), steps=20, method=EXACT),
+            problem("c", c, lambda m, _: 0.5 * m.c.v @ A3 @ m.c.v - m.c.v @ (E @ m.t.v), steps=20, method=EXACT),
         ],
         problem("t", t, lambda m, _: 0.5 * ((m.a.v - TARGET) ** 2).sum() + (m.b.v * m.c.v).sum(), lr=1e-9),
     )
@@ -257,10 +257,10 @@ def coupled(method: hg.Method, **options: Any) -> Any:
     """Return a diamond in which each middle problem moves the bottom that the other reads."""
     a, b, c, t = (Vec(N, k) for k in range(1, 5))
     run = engine(
-        problem("a", a, lambda m, _: 0.5 * m.a.v @ A1 @ m.a.v - m.a.v @ (B @ m.b.v + C @ m.c.v), steps=60, method=EXACT),
+        problem("a", a, lambda m, _: 0.5 * m.a.v @ A1 @ m.a.v - m.a.v @ (B @ m.b.v + C @ m.c.v), steps=24, method=EXACT),
         [
-            problem("b", b, lambda m, _: 0.5 * m.b.v @ A2 @ m.b.v - m.b.v @ (D @ m.t.v + m.a.v), steps=60, method=method),
-            problem("c", c, lambda m, _: 0.5 * m.c.v @ A3 @ m.c.v - m.c.v @ (E @ m.t.v - m.a.v), steps=60, method=method),
+            problem("b", b, lambda m, _: 0.5 * m.b.v @ A2 @ m.b.v - m.b.v @ (D @ m.t.v + 0.3 * m.a.v), steps=24, method=method),
+            problem("c", c, lambda m, _: 0.5 * m.c.v @ A3 @ m.c.v - m.c.v @ (E @ m.t.v - 0.3 * m.a.v), steps=24, method=method),
         ],
         problem("t", t, lambda m, _: 0.5 * ((m.a.v - TARGET) ** 2).sum() + (m.b.v * m.c.v).sum(), lr=1e-9),
         **options,
@@ -268,15 +268,15 @@ def coupled(method: hg.Method, **options: Any) -> Any:
     return t, run
 
 
-def test_a_diamond_whose_middle_levels_meet_at_the_bottom_is_refused_or_exact() -> None:
+def test_a_diamond_whose_middle_levels_meet_at_the_bottom_equals_the_equilibrium() -> None:
     def stationary(bc: Tensor, t: Tensor) -> Tensor:
         b, c = bc.split(N)
 
         def a(b: Tensor, c: Tensor) -> Tensor:
             return torch.linalg.solve(A1, B @ b + C @ c)
 
-        grad_b = torch.func.grad(lambda b: 0.5 * b @ A2 @ b - b @ (D @ t + a(b, c)))(b)
-        grad_c = torch.func.grad(lambda c: 0.5 * c @ A3 @ c - c @ (E @ t - a(b, c)))(c)
+        grad_b = torch.func.grad(lambda b: 0.5 * b @ A2 @ b - b @ (D @ t + 0.3 * a(b, c)))(b)
+        grad_c = torch.func.grad(lambda c: 0.5 * c @ A3 @ c - c @ (E @ t - 0.3 * a(b, c)))(c)
         return torch.cat([grad_b, grad_c])
 
     def total(t: Tensor) -> Tensor:
@@ -288,3 +288,9 @@ def test_a_diamond_whose_middle_levels_meet_at_the_bottom_is_refused_or_exact() 
     t, run = coupled(EXACT)
     run.step()
     assert error(t.v.grad, torch.func.grad(total)(t.v.detach())) < 1e-7
+
+
+@pytest.mark.parametrize("method", [hg.Unrolled(), hg.OneStep(), hg.FiniteDifference()])
+def test_coupled_middle_levels_are_refused_where_the_rule_is_not_exact(method: hg.Method) -> None:
+    with pytest.raises(ValueError, match=r"\['b', 'c'\] on one level move each other.*partial_hessian"):
+        coupled(method)
