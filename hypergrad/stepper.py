@@ -89,19 +89,14 @@ class Stepper:
 
 def needs_closure(optimizer: torch.optim.Optimizer) -> bool:
     """Return whether the optimizer's step must be given a closure, as L-BFGS's must."""
-    try:
-        parameters = list(inspect.signature(optimizer.step).parameters.values())
+    try:  # the class's own: schedulers wrap the object's
+        parameters = list(inspect.signature(type(optimizer).step).parameters.values())[1:]
     except (TypeError, ValueError):
         return False
-    return (
-        bool(parameters)
-        and parameters[0].default is parameters[0].empty
-        and parameters[0].kind
-        in (
-            parameters[0].POSITIONAL_ONLY,
-            parameters[0].POSITIONAL_OR_KEYWORD,
-        )
-    )
+    if not parameters:
+        return False
+    first = parameters[0]
+    return first.default is first.empty and first.kind in (first.POSITIONAL_ONLY, first.POSITIONAL_OR_KEYWORD)
 
 
 def check_hyper(optimizer: torch.optim.Optimizer, values: Mapping[str, Any], name: str) -> None:
