@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         experiment.run(
             options.system,
             _arms(options),
-            PRESETS[options.preset],
+            PRESETS[options.preset].fitted(options.data),
             data=options.data,
             folder=options.folder,
             seeds=range(options.first_seed, options.first_seed + options.seeds),

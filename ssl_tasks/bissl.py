@@ -96,12 +96,14 @@ def graph(pretext: Tower, downstream: Tower, trial: Trial, name: str) -> hg.Engi
 
     effective = name in ("cg", "neumann", "first-order")
     method = method_of(name, own)
+    below = torch.optim.SGD(pretext.parameters(), lr=own.lower_rate, momentum=0.9)
     lower = hg.Problem(
         "pretext",
         module=pretext,
         loss=tied(own.proximal),
         response=tied(own.proximal + own.delta) if effective else None,
-        optimizer=torch.optim.SGD(pretext.parameters(), lr=own.lower_rate, momentum=0.9),
+        optimizer=below,
+        scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(below, own.alternations * own.lower_steps),
         data=views(recipe.pretraining, trial.data, seed=trial.seed + 20_000),
         steps=own.lower_steps,
         every=own.upper_steps,
@@ -109,7 +111,7 @@ def graph(pretext: Tower, downstream: Tower, trial: Trial, name: str) -> hg.Engi
         method=method,
         detach=method is None,
     )
-    optimizer = torch.optim.SGD(downstream.parameters(), lr=own.upper_rate, momentum=0.9)
+    optimizer = torch.optim.SGD(downstream.parameters(), lr=own.upper_rate, momentum=own.upper_momentum)
     total = own.alternations * own.upper_steps
     upper = hg.Problem(
         "downstream",

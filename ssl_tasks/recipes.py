@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ssl_tasks.augment import Augmentation
 from ssl_tasks.datasets import Shift
@@ -14,9 +14,9 @@ class Pretraining:
 
     encoder: str = "mlp"
     widths: tuple[int, ...] = (256, 64)
-    batch_size: int = 128
-    steps: int = 300
-    learning_rate: float = 3e-3
+    batch_size: int = 64
+    steps: int = 1000
+    learning_rate: float = 2e-3
     temperature: float = 0.5
     augment: Augmentation = field(default_factory=lambda: Augmentation(contrast=0.6, brightness=0.3))
 
@@ -33,22 +33,25 @@ class Alignment:
         delta: added to lambda: the effective lambda is lambda + delta.
         gamma: weight of the direct downstream loss.
         products: conjugate-gradient steps, or Neumann terms, for each upper step.
-        lower_rate: SGD learning rate of the lower level, momentum .9.
-        upper_rate: SGD learning rate of the upper level, momentum .9.
+        lower_rate: first SGD learning rate of the lower level, momentum .9, cosine schedule to zero.
+        upper_rate: first SGD learning rate of the upper level, cosine schedule to zero.
+        upper_momentum: zero by default, against .9 as released: the cotangent at the lower backbone stands still for
+            `upper_steps` steps, and momentum over so late a signal overshoots until the lower level breaks.
         upper_batch: labelled images an upper step.
         warm_up: steps that train the downstream head on the frozen backbone first.
         clip: largest gradient norm at both levels.
     """
 
-    alternations: int = 20
-    lower_steps: int = 20
-    upper_steps: int = 4
-    proximal: float = 0.3
+    alternations: int = 30
+    lower_steps: int = 10
+    upper_steps: int = 8
+    proximal: float = 1.0
     delta: float = 1.0
     gamma: float = 1.0
     products: int = 5
     lower_rate: float = 0.03
-    upper_rate: float = 0.05
+    upper_rate: float = 0.1
+    upper_momentum: float = 0.0
     upper_batch: int = 128
     warm_up: int = 50
     clip: float = 10.0
@@ -59,14 +62,20 @@ class Recipe:
     """A whole run: data, pretraining, the BiSSL stage, fine-tuning."""
 
     size: int | None = 14
-    shift: Shift = field(default_factory=Shift)
-    num_labels: int = 500
+    shift: Shift = field(default_factory=lambda: Shift(translation=0.3, light=0.5))
+    num_labels: int = 1000
     num_validation: int = 500
     num_pretext: int | None = None
     pretraining: Pretraining = field(default_factory=Pretraining)
     alignment: Alignment = field(default_factory=Alignment)
     fine_tune_rates: tuple[float, ...] = (0.01, 0.03, 0.1)
-    fine_tune_steps: int = 200
+    fine_tune_steps: int = 300
+
+    def fitted(self, data: str) -> Recipe:
+        """Return the recipe with labelled splits that leave `data` a pretext set; the digits want smaller ones."""
+        if data != "digits":
+            return self
+        return replace(self, num_labels=min(self.num_labels, 300), num_validation=min(self.num_validation, 200))
 
 
 PRESETS: dict[str, Recipe] = {
@@ -81,9 +90,9 @@ PRESETS: dict[str, Recipe] = {
     "small": Recipe(),
     "large": Recipe(
         size=None,
-        pretraining=Pretraining(widths=(512, 128), batch_size=256, steps=2000),
-        alignment=Alignment(alternations=60, lower_steps=20, upper_steps=8),
-        fine_tune_steps=500,
+        pretraining=Pretraining(widths=(512, 128), batch_size=256, steps=4000),
+        alignment=Alignment(alternations=120),
+        fine_tune_steps=1000,
     ),
 }
 """`tiny` shows in seconds that everything runs; `small` is the demo's; `large` wants a longer wait."""
