@@ -127,4 +127,7 @@ def _check_implicit(runner: Runner, method: Implicit) -> None:
             "data=, or leave fresh=False."
         )
     if method.over is not None:
-        Responding.of(_run_of(runner, ()), method.over)
+        try:
+            Responding.of(_run_of(runner, ()), method.over)
+        except ValueError as error:
+            raise ValueError(f"problem {name!r}: {error}") from error

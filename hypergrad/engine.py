@@ -97,6 +97,7 @@ class Engine:
         self.num_steps = 0
         self._batches: dict[str, Any] = {}
         self._chunks: dict[str, int] = {}
+        self.graph.validate_top()
         for level in reversed(self.graph.levels):
             for problem in level:
                 self.graph.reads[problem.name] = self._find_reads(problem)
@@ -231,12 +232,6 @@ class Engine:
         runner = self.runners[problem.name]
         if runner.source is not None:
             return runner.source.peek()
-        if problem in self.graph.levels[-1]:
-            raise ValueError(
-                f"problem {problem.name!r} is on the top level and has no data: there is no level above to give it "
-                f"batches. "
-                "Pass data=."
-            )
         return problem.select_from(self._first_batch(self.parent(problem).problem), 0)
 
     def parent(self, problem: Problem) -> Runner:

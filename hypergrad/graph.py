@@ -102,6 +102,26 @@ class Graph:
             self._validate_role(problem)
             self._validate_methods(problem)
 
+    def validate_top(self) -> None:
+        """Raise a ValueError for options that need a level above, on problems that have none."""
+        for problem in self.levels[-1]:
+            name = problem.name
+            for option, value in (("steps", problem.steps), ("every", problem.every)):
+                if value != 1:
+                    raise ValueError(
+                        f"problem {name!r} is on the top level, so {option}={value} has no level above to refer to. "
+                        "Leave it 1 and run the engine for more steps."
+                    )
+            if problem.data is None:
+                raise ValueError(
+                    f"problem {name!r} is on the top level and has no data: there is no level above to give it "
+                    "batches. Pass data=."
+                )
+            if problem.tasks is not None:
+                raise ValueError(
+                    f"problem {name!r} is on the top level; tasks={problem.tasks} needs a level above that reads it."
+                )
+
     def _validate_reads(self, problem: Problem) -> None:
         level = self.level_of[problem.name]
         for other in self.reads[problem.name].connected:
@@ -137,22 +157,6 @@ class Graph:
                 f"problem {name!r}: nothing depends on its variables, neither its own loss nor a problem below it. "
                 f"Call models.{name}(...) in a loss, without .detach() or torch.no_grad()."
             )
-        if level == top:
-            for option, value in (("steps", problem.steps), ("every", problem.every)):
-                if value != 1:
-                    raise ValueError(
-                        f"problem {name!r} is on the top level, so {option}={value} has no level above to refer to. "
-                        f"Leave it "
-                        "1 and run the engine for more steps."
-                    )
-            if problem.data is None:
-                raise ValueError(
-                    f"problem {name!r} is on the top level and has no data: there is no level above to give it batches."
-                )
-            if problem.tasks is not None:
-                raise ValueError(
-                    f"problem {name!r} is on the top level; tasks={problem.tasks} needs a level above that reads it."
-                )
         if level < top:
             readers = [p.name for p in self.problems.values() if name in self.reads[p.name].accessed]
             if not any(self.level_of[reader] > level for reader in readers):
@@ -221,9 +225,9 @@ class Graph:
                 raise ValueError(
                     f"problems {group} on one level move each other through a level below that they share, so their "
                     f"solutions respond to {reader.name!r} together. That is exact for hg.Implicit on each of them and "
-                    f"one level above; here {inexact or [reader.name]} stand in the way. Put them on levels of their own, "
-                    "or pass Engine(partial_hessian=True), which holds the level below fixed in curvature and mixed "
-                    "partial."
+                    f"one level above; here {inexact or [reader.name]} stand in the way. Put them on levels of their "
+                    "own, or pass Engine(partial_hessian=True), which holds the level below fixed in curvature and "
+                    "mixed partial."
                 )
 
     def _validate_method(self, reader: Problem, lower: Problem, method: Method, read: list[str]) -> None:

@@ -119,10 +119,16 @@ class Network:
 
     def observe(self, function: Function, overrides: Params) -> tuple[Any, set[str]]:
         """Return function(models) with `overrides` in place, and the names of the problems that it read."""
+        noted: set[str] = set()
         seen: set[str] = set()
-        view = self._view(ReadingModels(self._modules, seen))
-        seen.clear()
-        return _evaluate(view, function, overrides, None), seen
+
+        def watched(models: Any) -> Any:
+            noted.clear()  # putting the overrides in place reads everything
+            value = function(models)
+            seen.update(noted)
+            return value
+
+        return _evaluate(self._view(ReadingModels(self._modules, noted)), watched, overrides, None), seen
 
     def call(
         self,

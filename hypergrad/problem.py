@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Literal
@@ -87,11 +88,11 @@ class Problem:
 
     def __post_init__(self) -> None:
         """Validate everything that can be told from this problem alone."""
-        if not isinstance(self.name, str) or not self.name.isidentifier():
+        if not isinstance(self.name, str) or not self.name.isidentifier() or keyword.iskeyword(self.name):
             raise ValueError(
                 f"a problem's name must be an identifier, got {self.name!r}: losses read it as models.<name>."
             )
-        if self.name in _RESERVED:
+        if self.name in _RESERVED or self.name.startswith("_"):
             raise ValueError(f"the problem name {self.name!r} is reserved: nn.Module uses it. Choose another.")
         self._check(isinstance(self.module, nn.Module), "module", self.module, "an nn.Module")
         self._check(callable(self.loss), "loss", self.loss, "a function (models, batch) -> scalar")
@@ -107,16 +108,21 @@ class Problem:
         for option in ("clip_norm", "clip_value"):
             value = getattr(self, option)
             self._check(value is None or value > 0, option, value, "None or > 0")
-        self._check(
-            self.method is None or isinstance(self.method, Method), "method", self.method, "a hypergradient method"
-        )
+        self._check_method()
         self._check(
             self.after in (None, "continue", "rollback", "restart"),
             "after",
             self.after,
             "'continue', 'rollback' or 'restart'",
         )
-        self._check(isinstance(self.hyper, Mapping), "hyper", self.hyper, "a dict of functions of models")
+        functions = isinstance(self.hyper, Mapping) and all(callable(function) for function in self.hyper.values())
+        self._check(functions, "hyper", self.hyper, "a dict of functions of models")
+        for option in ("project", "start", "select", "response"):
+            value = getattr(self, option)
+            self._check(value is None or callable(value), option, value, "None or a function")
+        named = not isinstance(self.reads, str) and isinstance(self.reads, (Sequence, type(None)))
+        self._check(named, "reads", self.reads, "None or a list of problems' names")
+        self._check_schedulers()
         self._check_data()
         self._check_combinations()
         self.variables()
@@ -124,6 +130,25 @@ class Problem:
     def _check(self, holds: bool, option: str, value: Any, expected: str) -> None:
         if not holds:
             raise ValueError(f"problem {self.name!r}: {option} must be {expected}, got {value!r}.")
+
+    def _check_method(self) -> None:
+        if self.method is None or isinstance(self.method, Method):
+            return
+        found = getattr(self.method, "__name__", repr(self.method))
+        hint = "Wrap a solver: hg.Implicit(hg.CG(10))."
+        if isinstance(self.method, type):
+            hint = f"Create an instance: {found}(...)."
+        raise ValueError(f"problem {self.name!r}: method must be a hypergradient method, got {found}. {hint}")
+
+    def _check_schedulers(self) -> None:
+        for scheduler in self.schedulers():
+            expected = "an lr_scheduler of torch.optim, or a list of them"
+            self._check(isinstance(scheduler, LRScheduler), "scheduler", self.scheduler, expected)
+            if scheduler.optimizer is not self.optimizer:
+                raise ValueError(
+                    f"problem {self.name!r}: scheduler {type(scheduler).__name__} belongs to another optimizer. "
+                    "Build it from the problem's own."
+                )
 
     def _check_data(self) -> None:
         if self.data is None:
@@ -161,6 +186,11 @@ class Problem:
                 f"{type(self.method).__name__} would differentiate a run made with other upper parameters. Use "
                 f"every=1, or "
                 "hg.Implicit."
+            )
+        if isinstance(self.method, (Unrolled, ForwardUnrolled, Reptile)) and self.response is not None:
+            raise ValueError(
+                f"problem {self.name!r}: response replaces the loss in an implicit system, and "
+                f"{type(self.method).__name__} differentiates the run itself. Use hg.Implicit, or leave response out."
             )
         if isinstance(self.method, Reptile) and self.start is None:
             raise ValueError(

@@ -114,7 +114,10 @@ class Runner:
         opaque = self.opaque if opaque is None else opaque
         optimizer = self.problem.optimizer
         names = dict(self.problem.module.named_parameters())
-        view = from_torch(optimizer, names, opaque=opaque)
+        try:
+            view = from_torch(optimizer, names, opaque=opaque)
+        except ValueError as error:
+            raise ValueError(f"problem {self.name!r}: {error}") from error
         assert view.names is not None
         groups = tuple(
             (option, kept)

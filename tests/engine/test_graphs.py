@@ -68,7 +68,9 @@ def chain(method_a: hg.Method, method_b: hg.Method, *, begin: bool = True, steps
     return a, b, t, run
 
 
-@pytest.mark.parametrize("solver", [hg.CG(10, rtol=1e-13), hg.Exact(), hg.MINRES(12, rtol=1e-13), hg.GMRES(5, rtol=1e-13)])
+@pytest.mark.parametrize(
+    "solver", [hg.CG(10, rtol=1e-13), hg.Exact(), hg.MINRES(12, rtol=1e-13), hg.GMRES(5, rtol=1e-13)]
+)
 def test_a_chain_of_implicit_levels_equals_the_closed_form(solver: hg.Solver) -> None:
     _, _, t, run = chain(hg.Implicit(solver), hg.Implicit(solver))
     run.step()
@@ -202,7 +204,9 @@ def test_two_bottoms_read_by_one_top() -> None:
     run = engine(
         [
             problem("a", a, lambda m, _: 0.5 * m.a.v @ A1 @ m.a.v - m.a.v @ (B @ m.t.v), steps=20, method=EXACT),
-            problem("b", b, lambda m, _: 0.5 * m.b.v @ A2 @ m.b.v - m.b.v @ (C @ m.t.v), steps=20, method=hg.Unrolled()),
+            problem(
+                "b", b, lambda m, _: 0.5 * m.b.v @ A2 @ m.b.v - m.b.v @ (C @ m.t.v), steps=20, method=hg.Unrolled()
+            ),
         ],
         problem("t", t, loss_top, lr=1e-9),
     )
@@ -218,7 +222,9 @@ def test_two_bottoms_read_by_one_top() -> None:
 def test_one_bottom_read_by_two_tops() -> None:
     a, s, t = Vec(N, 1), Vec(N, 2), Vec(N, 3)
     run = engine(
-        problem("a", a, lambda m, _: 0.5 * m.a.v @ A1 @ m.a.v - m.a.v @ (B @ m.t.v + C @ m.s.v), steps=20, method=EXACT),
+        problem(
+            "a", a, lambda m, _: 0.5 * m.a.v @ A1 @ m.a.v - m.a.v @ (B @ m.t.v + C @ m.s.v), steps=20, method=EXACT
+        ),
         [
             problem("s", s, lambda m, _: ((m.a.v - TARGET) ** 2).sum(), lr=1e-9),
             problem("t", t, lambda m, _: (m.a.v**2).sum() + (m.t.v**2).sum(), lr=1e-9),
@@ -236,7 +242,9 @@ def test_a_diamond_whose_middle_levels_do_not_see_each_other() -> None:
     """The top moves two middle problems, both move the bottom, and the top reads the bottom."""
     a, b, c, t = (Vec(N, k) for k in range(1, 5))
     run = engine(
-        problem("a", a, lambda m, _: 0.5 * m.a.v @ A1 @ m.a.v - m.a.v @ (B @ m.b.v + C @ m.c.v), steps=20, method=EXACT),
+        problem(
+            "a", a, lambda m, _: 0.5 * m.a.v @ A1 @ m.a.v - m.a.v @ (B @ m.b.v + C @ m.c.v), steps=20, method=EXACT
+        ),
         [
             problem("b", b, lambda m, _: 0.5 * m.b.v @ A2 @ m.b.v - m.b.v @ (D @ m.t.v), steps=20, method=EXACT),
             problem("c", c, lambda m, _: 0.5 * m.c.v @ A3 @ m.c.v - m.c.v @ (E @ m.t.v), steps=20, method=EXACT),
@@ -257,10 +265,24 @@ def coupled(method: hg.Method, **options: Any) -> Any:
     """Return a diamond in which each middle problem moves the bottom that the other reads."""
     a, b, c, t = (Vec(N, k) for k in range(1, 5))
     run = engine(
-        problem("a", a, lambda m, _: 0.5 * m.a.v @ A1 @ m.a.v - m.a.v @ (B @ m.b.v + C @ m.c.v), steps=24, method=EXACT),
+        problem(
+            "a", a, lambda m, _: 0.5 * m.a.v @ A1 @ m.a.v - m.a.v @ (B @ m.b.v + C @ m.c.v), steps=24, method=EXACT
+        ),
         [
-            problem("b", b, lambda m, _: 0.5 * m.b.v @ A2 @ m.b.v - m.b.v @ (D @ m.t.v + 0.3 * m.a.v), steps=24, method=method),
-            problem("c", c, lambda m, _: 0.5 * m.c.v @ A3 @ m.c.v - m.c.v @ (E @ m.t.v - 0.3 * m.a.v), steps=24, method=method),
+            problem(
+                "b",
+                b,
+                lambda m, _: 0.5 * m.b.v @ A2 @ m.b.v - m.b.v @ (D @ m.t.v + 0.3 * m.a.v),
+                steps=24,
+                method=method,
+            ),
+            problem(
+                "c",
+                c,
+                lambda m, _: 0.5 * m.c.v @ A3 @ m.c.v - m.c.v @ (E @ m.t.v - 0.3 * m.a.v),
+                steps=24,
+                method=method,
+            ),
         ],
         problem("t", t, lambda m, _: 0.5 * ((m.a.v - TARGET) ** 2).sum() + (m.b.v * m.c.v).sum(), lr=1e-9),
         **options,

@@ -85,7 +85,9 @@ def build(method: hg.Method, kind: str) -> tuple[hg.Engine, nn.Module, nn.Module
             clip_value=0.03,
             scheduler=schedules[0],
         ),
-        hg.Problem("weights", module=weights, loss=upper_loss, optimizer=upper, data=batches(2, 1), scheduler=schedules[1]),
+        hg.Problem(
+            "weights", module=weights, loss=upper_loss, optimizer=upper, data=batches(2, 1), scheduler=schedules[1]
+        ),
     ]
     return hg.Engine(problems, on_breakdown="warn"), net, weights, [lower, upper, *schedules]
 
@@ -214,9 +216,7 @@ def test_shuffled_loaders_are_drawn_as_by_hand() -> None:
                 steps=2,
                 method=hg.SAMA(),
             ),
-            hg.Problem(
-                "b", module=b, loss=top, optimizer=torch.optim.SGD([b.weight], lr=0.01), data=loaders[1]
-            ),
+            hg.Problem("b", module=b, loss=top, optimizer=torch.optim.SGD([b.weight], lr=0.01), data=loaders[1]),
         ]
     )
     seen.clear()
@@ -262,7 +262,12 @@ def test_gradients_are_laid_out_as_backward_leaves_them() -> None:
     def run(clip: float) -> list[Tensor]:
         p = Pair()
         problem = hg.Problem(
-            "p", module=p, loss=loss, optimizer=torch.optim.SGD(p.parameters(), lr=0.1), data=[torch.ones(3, 2)], clip_norm=clip
+            "p",
+            module=p,
+            loss=loss,
+            optimizer=torch.optim.SGD(p.parameters(), lr=0.1),
+            data=[torch.ones(3, 2)],
+            clip_norm=clip,
         )
         hg.Engine([problem]).step()
         return [q.grad for q in p.parameters() if q.grad is not None]
