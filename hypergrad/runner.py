@@ -347,7 +347,7 @@ class Runner:
             value, metrics = self._evaluate(batch, own(self.name, self.layout.unravel(leaf)) | above)
             (taped,) = torch.autograd.grad(value, leaf, create_graph=True)
         self.window[-1] = replace(step, taped=taped, leaves=(leaf, above))
-        return value, metrics, {self.name: self.layout.unravel(taped.detach())}
+        return value, metrics, {self.name: self.layout.unravel(taped.detach().clone())}  # clipped in place
 
     def evaluate_again(self, batch: Any) -> tuple[Tensor, Params]:
         """Return the loss and its gradient once more, for optimizers that evaluate several times a step."""
