@@ -24,6 +24,7 @@ from hypergrad.methods import (
 )
 from hypergrad.network import detach
 from hypergrad.problem import Problem
+from hypergrad.product_check import check_product
 from hypergrad.solvers import (
     CG,
     GMRES,

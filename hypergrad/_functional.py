@@ -355,6 +355,7 @@ class AutogradTape(Tape):
                 self._lower = lower.detach().requires_grad_()
                 self._upper = {name: u.detach().requires_grad_() for name, u in upper.items()}
             self._residual = residual(self._lower, self._upper)
+        refuse_once_differentiable(self._residual)
         self.value = self._residual.detach()
 
         self._pushed: tuple[Tensor, Tensor] | None = None
@@ -459,6 +460,26 @@ def explained_grad(
                 "the math backend), or use a method that needs none: hg.FiniteDifference, hg.SAMA or hg.Penalty."
             ) from error
         raise
+
+
+def refuse_once_differentiable(output: Tensor) -> None:
+    """Raise a ValueError if the graph of `output` passes a function that can be differentiated once only.
+
+    Autograd prunes the node that would complain wherever no leaf lies behind it, and returns what is left of the sum.
+    """
+    pending, seen = [output.grad_fn], set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() == "torch::autograd::Error":
+            raise ValueError(
+                "an operation of the lower loss has no second derivative: an autograd.Function marked "
+                "@once_differentiable. Write its backward with differentiable operations, or use a method without a "
+                "second derivative: hg.FiniteDifference, hg.SAMA or hg.Penalty."
+            )
+        pending.extend(next_node for next_node, _ in node.next_functions)
 
 
 @contextlib.contextmanager

@@ -26,6 +26,7 @@ from hypergrad._functional import (
     in_transform,
     named,
     random_state,
+    refuse_once_differentiable,
     replaying,
     scalar,
     second_name,
@@ -137,6 +138,7 @@ class Step:
                     {n: u.detach().requires_grad_() for n, u in upper.items()},
                 )
                 grad = self._taped_gradient(leaf, leaves, compile)
+                refuse_once_differentiable(grad)
             else:
                 (leaf, leaves), grad = self.leaves, self.taped
             new, new_states = self.recipe.update(leaf, grad, _with_tensors(states, tensors), leaves, self.index)
@@ -180,6 +182,7 @@ class Step:
         with torch.enable_grad(), second_order():
             split = len(tensors)
             new, new_tensors = step(leaf, rest[:split], dict(zip(upper, rest[split:], strict=True)))
+        refuse_once_differentiable(new)
         outputs = [new, *new_tensors]
         live = [k for k, out in enumerate(outputs) if out.requires_grad]
         bars = [torch.zeros_like(outputs[k]).requires_grad_() for k in live]
