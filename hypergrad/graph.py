@@ -159,7 +159,7 @@ class Graph:
             )
         if level < top:
             readers = [p.name for p in self.problems.values() if name in self.reads[p.name].accessed]
-            if not any(self.level_of[reader] > level for reader in readers):
+            if not any(self.level_of[reader] > level for reader in readers) and not self._read_through_others(name):
                 if not any(self.problems[r].detach or problem.detach for r in readers):
                     above = [p.name for p in self.levels[level + 1]]
                     raise ValueError(
@@ -180,13 +180,20 @@ class Graph:
                     "or train it apart."
                 )
 
+    def _read_through_others(self, name: str) -> bool:
+        """Return whether a problem above reads one below whose solution depends on `name`."""
+        level = self.level_of[name]
+        above = [other for other in self.problems if self.level_of[other] > level]
+        return any(name in self.depends(lower) for other in above for lower in self.below(other))
+
     def _validate_methods(self, problem: Problem) -> None:
         name = problem.name
         reaching = self.reaching(name)
         read = [other for other in self.below(name) if other in reaching]
         self._validate_tasks(problem, reaching)
         self._validate_coupled(problem, reaching)
-        for other in read:
+        passed = [other for other in reaching if any(other in self.depends(lower) for lower in read)]
+        for other in dict.fromkeys([*read, *passed]):
             method = self.problems[other].method
             if method is None:
                 raise ValueError(

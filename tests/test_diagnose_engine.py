@@ -228,6 +228,45 @@ def test_three_levels_report_both_lower_problems() -> None:
     assert "low, read by middle" in str(found) and "middle, read by top" in str(found)
 
 
+def test_a_middle_level_that_the_top_reads_only_through_the_lowest() -> None:
+    low, middle, top = Vector(0.0), Vector(0.0), Vector(1.0)
+    data = [torch.ones(1, dtype=F64)]
+
+    def make(name: str, module: Vector, loss, lr: float, **options) -> hg.Problem:
+        optimizer = torch.optim.SGD(module.parameters(), lr=lr)
+        return hg.Problem(name, module=module, loss=loss, optimizer=optimizer, data=data, **options)
+
+    engine = hg.Engine(
+        [
+            make(
+                "low",
+                low,
+                lambda m, b: ((m.low() - m.middle()) ** 2).sum(),
+                0.45,
+                steps=12,
+                method=hg.Implicit(hg.CG(2)),
+            ),
+            make(
+                "middle",
+                middle,
+                lambda m, b: ((m.low() - m.top()) ** 2).sum() + (m.middle() ** 2).sum(),
+                0.2,
+                steps=12,
+                method=hg.Implicit(hg.CG(2)),
+            ),
+            make("top", top, lambda m, b: ((m.low() - 3.0) ** 2).sum(), 0.0),
+        ]
+    )
+    before = everything(engine)
+    d = hg.diagnose(engine)["middle"]
+    assert same(everything(engine), before)
+    assert d.reader == "top" and d.largest == pytest.approx(4.0)
+    # low = middle = top / 2: d/dtop (top / 2 - 3)^2 = top / 2 - 3 = -2.5 at top = 1
+    engine.step()
+    torch.testing.assert_close(top.w.grad, torch.tensor([-2.5], dtype=F64), rtol=1e-3, atol=0.0)
+    assert next(a for a in d.agreement if a.name == "Implicit(CG(2))").difference < 1e-6
+
+
 def test_the_first_task_stands_for_all() -> None:
     low, top = Vector(0.0, 0.0), Vector(1.0, -1.0)
     engine = hg.Engine(

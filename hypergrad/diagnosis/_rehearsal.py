@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from hypergrad._flat import Params
 from hypergrad._functional import random_state, untouched
 from hypergrad.engine import Engine
+from hypergrad.methods import ResponseMethod, best_response
 from hypergrad.methods.base import UpperLoss
 from hypergrad.network import own
 from hypergrad.optim import Bound, read_state
@@ -59,11 +60,17 @@ def rehearse(engine: Engine, name: str, reader: str) -> Rehearsal:
     upper = _above(engine, name, {})
     with untouched(runner.layout.device):
         trajectory, ran = _run(engine, name, upper)
+        values = own(name, trajectory.end) | upper
+        between = {
+            other: _run(engine, other, _above(engine, other, values))[0] for other in _between(engine, name, reader)
+        }
 
     def upper_loss(lower: Params, above: Params, batch: Any) -> Tensor:
         overrides = own(name, lower) | above
+        for other, record in between.items():
+            overrides = overrides | own(other, _response(engine, other, record, overrides))
         value: Tensor = engine.network.call(
-            lambda models: loss_value(top.problem.loss, models, batch, reader)[0], overrides
+            lambda models: loss_value(top.problem.loss, models, batch, reader)[0], overrides, reader=reader
         )
         return value
 
@@ -71,6 +78,23 @@ def rehearse(engine: Engine, name: str, reader: str) -> Rehearsal:
     if runner.problem.tasks is not None:
         batch = _first_task(batch)
     return Rehearsal(trajectory, upper, reader, upper_loss, batch, ran)
+
+
+def _between(engine: Engine, name: str, reader: str) -> list[str]:
+    """Return the problems through whose solutions the reader's loss depends on `name` as well, highest level first."""
+    graph = engine.graph
+    lower = [other for other in graph.reaching(reader) if name in graph.depends(other)]
+    return sorted(lower, key=lambda other: -graph.level_of[other])
+
+
+def _response(engine: Engine, name: str, record: Trajectory, values: Params) -> Params:
+    """Return the solution of `name` as a function of `values`, by its method."""
+    method = engine.graph.problems[name].method
+    targets = engine.graph.depends(name)
+    upper = {key: value for key, value in values.items() if key.split(".", 1)[0] in targets}
+    if engine.graph.partial_hessian or not isinstance(method, ResponseMethod):
+        return record.end
+    return best_response(record, upper, method=method, throw=False)
 
 
 def _run(engine: Engine, name: str, upper: Params) -> tuple[Trajectory, bool]:

@@ -230,8 +230,8 @@ def _diagnose_engine(engine: Engine, options: _Options) -> Diagnoses:
     graph = engine.graph
     for level in graph.levels:
         for problem in level:
-            readers = [other.name for other in graph.problems.values() if problem.name in graph.below(other.name)]
-            if not readers or problem.method is None or not graph.depends(problem.name):
+            readers = [other for other in graph.problems if problem.name in graph.reaching(other)]
+            if not readers or problem.method is None:
                 continue
             reader = min(readers, key=lambda name: graph.level_of[name])
             with untouched(engine.runners[problem.name].layout.device):
