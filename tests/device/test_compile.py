@@ -211,5 +211,6 @@ def test_ten_unrolled_steps(optimizer):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own imports
 def test_inductor():
     assert_compiles(hg.Implicit(hg.CG(3, check_every=None), damping=1.0), MOMENTUM, backend="inductor", rtol=1e-8)

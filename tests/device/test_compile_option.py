@@ -239,6 +239,7 @@ def test_second_derivatives_stay_eager():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own imports
 @pytest.mark.parametrize("name", ["Implicit", "Unrolled"])
 def test_inductor(name):
     _, lower_loss, upper_loss, lower, upper, batches = problem()
