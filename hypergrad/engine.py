@@ -95,6 +95,7 @@ class Engine:
         self.network = Network(list(self.graph.problems.values()))
         self.runners = {name: Runner(p, self.graph, self.network) for name, p in self.graph.problems.items()}
         self.num_steps = 0
+        self._lower: dict[str, list[Runner]] = {}
         self._batches: dict[str, Any] = {}
         self._chunks: dict[str, int] = {}
         self.graph.validate_top()
@@ -105,6 +106,8 @@ class Engine:
         for name, runner in self.runners.items():
             self.network.restrict(name, self.graph.reads[name].accessed)
             runner.prepare()
+        for name in self.runners:
+            self._lower[name] = [self.runners[other] for other in self.graph.reaching(name)]
         for name, runner in self.runners.items():
             check_runner(runner, self._upper(self.graph.depends(name)))
         if product_check:
@@ -245,17 +248,17 @@ class Engine:
     def _gradient(self, runner: Runner, record: Record) -> Gradient:
         """Return the gradient of the problem's loss at its present values, with the levels below responding."""
         batch = self._batch(runner)
-        lower = [self.runners[name] for name in self.graph.reaching(runner.name)]
+        lower = self._lower[runner.name]
         if any(r.problem.tasks is not None for r in lower):
             return self._task_gradient(runner, batch, record)
         trajectories = {r.name: r.trajectory() for r in lower}
-        random = random_state(runner.layout.device)
+        random = random_state(runner.layout.device) if lower or runner.records_next() else None
         runner.record(batch, random, {name: trajectories[name] for name in runner.nested if name in trajectories})
-        read = [r for r in lower if r.name in self.graph.below(runner.name)]
+        read = [r for r in lower if r.name in runner.nested]
         value, partials = runner.partials(batch, read, record)
         grad = partials.pop(runner.name)
         codes: list[Tensor] = []
-        after = random_state(runner.layout.device)
+        after = random_state(runner.layout.device) if lower else None
         done: set[str] = set()
         for r in lower:  # lowest first: what it pulls back adds to the cotangents of the levels between
             group = [self.runners[name] for name in self.graph.coupled(r.name) if name in trajectories]
@@ -279,7 +282,7 @@ class Engine:
                     codes.append(pulled.result)
         if lower:
             restore_random_state(after)
-        return Gradient(runner, value, grad, codes, batch)
+        return Gradient(runner, value, grad, codes, batch, bool(lower))
 
     def _task_gradient(self, runner: Runner, batch: Any, record: Record) -> Gradient:
         """Return the gradient averaged over the tasks of the level below."""
@@ -295,7 +298,7 @@ class Engine:
         for key, metric in outcome["metrics"].items():
             record.put(runner.name, key, metric)
         grad = by_problem(outcome["grad"]).get(runner.name, {})
-        return Gradient(runner, outcome["value"], grad, [outcome["code"]], batch)
+        return Gradient(runner, outcome["value"], grad, [outcome["code"]], batch, True)
 
     def _pull(
         self,
@@ -419,8 +422,5 @@ class Gradient:
     grad: Params
     codes: list[Tensor]
     batch: Any
-
-    @property
-    def is_hypergradient(self) -> bool:
-        """Return whether levels below respond in it."""
-        return bool(self.runner.graph.reaching(self.runner.name))
+    is_hypergradient: bool
+    """Whether levels below respond in it."""

@@ -15,7 +15,16 @@ from hypergrad._functional import Loss, RandomState, second_order
 from hypergrad.composite import Composite
 from hypergrad.graph import Graph
 from hypergrad.history import Record
-from hypergrad.methods import Method, ResponseMethod, best_response
+from hypergrad.methods import (
+    SAMA,
+    FiniteDifference,
+    Implicit,
+    Method,
+    OneStep,
+    Penalty,
+    ResponseMethod,
+    best_response,
+)
 from hypergrad.network import Function, Network, own
 from hypergrad.optim import Bound, from_torch, read_options, read_state
 from hypergrad.problem import Problem, criterion_value, loss_value, penalty_value
@@ -68,12 +77,14 @@ class Runner:
         self.nested = self.graph.below(self.name)
         self.reruns = self.graph.is_perturbed(self.name)
         reads = self.graph.reads[self.name]
-        self.watched = {
+        self.own_leaves: dict[tuple[str, str], Tensor] = {(self.name, key): p for key, p in self.used.items()}
+        self.watched: dict[tuple[str, str], Tensor] = {
             (other, key): p
             for other in reads.accessed - reads.connected - reads.started
             if self.graph.problems[other].responds
             for key, p in self.graph.problems[other].variables().items()
         }
+        self.leaves = {(self.name, key): p for key, p in self.variables.items()} | self.watched
         self.loss = self._functional(self.problem.loss)
         self.response = None if self.problem.response is None else self._functional(self.problem.response)
         method = self.problem.method
@@ -81,6 +92,8 @@ class Runner:
         self.bound = self.bind()
         self.layout = self.bound.layout
         self.recording = self._plan(method)
+        self.last = None if self._runs_again() else _steps_read(method)
+        """How many of the run's last steps its method reads; None for all, or where that is not known."""
 
     def _plan(self, method: Method | None) -> Recording | None:
         if method is None or not self.problem.responds:
@@ -260,9 +273,15 @@ class Runner:
         for scheduler, state in zip(schedulers, snapshot["schedulers"], strict=True):
             scheduler.load_state_dict(copy.deepcopy(state))
 
+    def records_next(self) -> bool:
+        """Return whether the step about to be taken is one that its method reads or runs again."""
+        if self.recording is None:
+            return False
+        return self.last is None or self.window_size >= self.problem.steps - self.last
+
     def record(self, batch: Any, random: RandomState | None, records: dict[str, Trajectory]) -> Step | None:
         """Return the record of the step about to be taken, or None where no method reads one."""
-        if self.recording is None:
+        if self.recording is None or not self.records_next():
             return None
         index = self.window_size
         keeps = self.recording.keeps(index, self.problem.steps) or self.recording.tapes(index)
@@ -296,10 +315,9 @@ class Runner:
 
         A problem of whose variables the loss uses none is left out. Only this problem's buffers change.
         """
-        leaves: dict[tuple[str, str], Tensor] = {(self.name, key): p for key, p in self.variables.items()}
+        leaves = self.leaves
         for other in read:
-            leaves.update({(other.name, key): p for key, p in other.used.items()})
-        leaves.update(self.watched)
+            leaves = leaves | other.own_leaves
         step = self.window[-1] if self.window else None
         tapes = step is not None and self.recording is not None and self.recording.tapes(step.index) and not read
         with torch.enable_grad():
@@ -356,8 +374,10 @@ class Runner:
 
     def apply(self, grad: Params, value: Tensor, batch: Any) -> None:
         """Step the optimizer along `grad`, with clipping, projection, schedulers; a missing entry has no gradient."""
-        with torch.no_grad():
-            hyper = {name: self.hyper_value(name) for name in self.problem.hyper}
+        hyper: dict[str, Any] = {}
+        if self.problem.hyper:
+            with torch.no_grad():
+                hyper = {name: self.hyper_value(name) for name in self.problem.hyper}
         self.stepper.take(grad, value, hyper, lambda: self.evaluate_again(batch))
         self.skip()
 
@@ -465,3 +485,10 @@ class Runner:
             else None,
             response=self.response,
         )
+
+
+def _steps_read(method: Method | None) -> int | None:
+    """Return how many of a run's last steps the method reads; None where that is not known, or all."""
+    if isinstance(method, Implicit):
+        return 1 if method.fresh else method.batches
+    return 1 if isinstance(method, (OneStep, FiniteDifference, SAMA, Penalty)) else None

@@ -26,13 +26,18 @@ class Source:
 
     problem: Problem
     random: RandomState | None = None
-    """The random state that the present pass over the data began from; None before the first."""
+    """The random state that the present pass over the data began from; None where it draws nothing."""
     drawn: int = 0
     """Batches drawn in the present pass."""
     _iterator: Iterator[Any] | None = None
     _glance: tuple[Any, RandomState | None, RandomState | None] | None = None
     """The first batch, and the random states before and after it was drawn."""
     _last: list[Any] = field(default_factory=list)
+
+    @property
+    def _draws_nothing(self) -> bool:
+        """Return whether iterating cannot draw a random number."""
+        return isinstance(self.problem.data, (list, tuple))
 
     def next(self) -> Any:
         """Return the next batch."""
@@ -68,7 +73,7 @@ class Source:
         for _ in range(2):
             if self._iterator is None:
                 assert self.problem.data is not None
-                self.random, self.drawn = random_state(_HOST), 0
+                self.random, self.drawn = None if self._draws_nothing else random_state(_HOST), 0
                 self._iterator = iter(self.problem.data)
             try:
                 batch = next(self._iterator)
@@ -84,14 +89,14 @@ class Source:
 
     def state_dict(self) -> dict[str, Any]:
         """Return where in the data this is: how many batches were drawn, and the random state they began from."""
-        if self.random is None or self._glance is not None:
+        if self._glance is not None:
             return {"drawn": 0, "random": None}
         return {"drawn": self.drawn, "random": save_random(self.random)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go to where `state` was, by iterating anew from its random state and skipping."""
         self._iterator, self._glance, self.random, self.drawn, self._last = None, None, None, 0, []
-        if state["random"] is None:
+        if not state["drawn"]:
             return
         present = random_state(_HOST)
         restore_random_state(load_random(state["random"], _HOST))
