@@ -149,8 +149,15 @@ def _descend(network: Network, member: Runner, upper: Params, constants: Params,
 def _run(one: OneTask, inputs: tuple[Params, Params, Any, Any], count: int, chunk: int) -> Outcome:
     """Return the mean outcome, the worst code, over all tasks, `chunk` at a time."""
     upper, *rest = inputs
+    device = next(iter(upper.values())).device
     if chunk == 1:
-        outcomes = [one(upper, *(_index(part, task) for part in rest)) for task in range(count)]
+        outcomes = []
+        for task in range(count):  # a run leaves the generators as it found them, so each task gets a seed of its own
+            seed = int(torch.randint(2**62, ()))
+            present = random_state(device)
+            torch.manual_seed(seed)
+            outcomes.append(one(upper, *(_index(part, task) for part in rest)))
+            restore_random_state(present)
         stacked = pytree.tree_map(lambda *values: torch.stack(values), *outcomes)
     else:
         in_dims = (None, *(pytree.tree_map(lambda x: 0 if isinstance(x, Tensor) else None, part) for part in rest))
