@@ -1,5 +1,6 @@
 """Closed-form problems and contract tests, for methods and solvers inside and outside the package."""
 
+from hypergrad.testing.contract import check_method, check_solver
 from hypergrad.testing.problems import (
     KnownProblem,
     logistic,
@@ -13,6 +14,8 @@ from hypergrad.testing.problems import (
 
 __all__ = [
     "KnownProblem",
+    "check_method",
+    "check_solver",
     "logistic",
     "newton_problem",
     "quadratic",
