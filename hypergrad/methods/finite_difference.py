@@ -31,6 +31,8 @@ class FiniteDifference(ResponseMethod):
 
     Cost: two gradients of the lower loss in `upper`; no second derivative, no tape of one.
 
+    Bias: that of `OneStep`, and O(epsilon^2).
+
     Args:
         epsilon: length of the perturbation of the lower parameters, > 0.
         step_size: eta > 0; None for the learning rate of the run's last step, or 1 for `solved`, which has none.

@@ -35,6 +35,8 @@ class Implicit(ResponseMethod):
     Cost: one gradient of the lower loss, one product per step of the solver, one mixed product. Memory: one taped
     gradient.
 
+    Bias: none at a stationary point with a converged solve and no damping.
+
     Args:
         solver: `CG`, `Neumann`, `Nystrom`, `MINRES`, `GMRES`, `Exact`, `SciPy` or your own `Solver`.
         damping: delta >= 0, added to the diagonal. It biases the result; it is not part of the problem.

@@ -27,6 +27,8 @@ class OneStep(ResponseMethod):
 
     Cost: one gradient of the lower loss and one mixed product.
 
+    Bias: the inverse Hessian is taken to be a multiple of the identity.
+
     Args:
         step_size: eta > 0; None for the learning rate of the run's last step.
 

@@ -34,6 +34,8 @@ class Penalty(Method):
 
     Cost: 2 gradients per step, and 3 more. There is no best response, so nothing can be chained above it.
 
+    Bias: O(1/strength) at solved levels.
+
     Args:
         strength: lambda > 0.
         optimizer: one of `hypergrad.optim`; None for SGD with the learning rate `1e-1`.

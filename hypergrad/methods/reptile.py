@@ -25,6 +25,8 @@ class Reptile(Method):
 
     Cost: no derivative beyond those of the run.
 
+    Bias: it is a direction, not a gradient.
+
     Reference: A. Nichol, J. Achiam, J. Schulman, "On first-order meta-learning algorithms", 2018, arXiv 1803.02999.
     """
 

@@ -39,6 +39,8 @@ class SAMA(ResponseMethod):
 
     Cost: one lower gradient, two gradients of the lower loss in `upper`; no second derivative.
 
+    Bias: the inverse Hessian is taken to be the optimizer's preconditioner; and O(epsilon^2).
+
     Args:
         epsilon: length of the perturbation of the lower parameters, > 0.
 

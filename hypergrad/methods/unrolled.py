@@ -34,6 +34,8 @@ class Unrolled(ResponseMethod):
     Cost: per step one gradient of the lower loss and one product with its Hessian and mixed derivative. Memory: K
     states, or about 2 sqrt(K) with `checkpoint`, and one tape; not K tapes, unless `retain` asks for them.
 
+    Bias: none for the run that was made, if all of it is differentiated.
+
     Args:
         truncate: differentiate the last n steps only; None for all. Where the run began at `start(upper)`, the
             cotangent
@@ -158,6 +160,8 @@ class ForwardUnrolled(ResponseMethod):
     passes, which every operation that has a second derivative supports.
 
     Cost: per step one taped gradient and two products for each upper variable. Memory: K states, one tape, and Z.
+
+    Bias: none for the run that was made.
 
     Reference: L. Franceschi, M. Donini, P. Frasconi, M. Pontil, "Forward and reverse gradient-based hyperparameter
         optimization", ICML 2017, arXiv 1703.01785.
