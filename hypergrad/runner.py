@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from hypergrad.methods import (
 from hypergrad.network import Function, Network, own
 from hypergrad.optim import Bound, from_torch, read_options, read_state
 from hypergrad.problem import Problem, criterion_value, loss_value, penalty_value
-from hypergrad.source import Source
+from hypergrad.source import Source, load_random, save_random
 from hypergrad.stepper import Stepper
 from hypergrad.trajectory import Recipe, Recording, Step, Trajectory
 
@@ -409,6 +409,8 @@ class Runner:
             "num_steps": self.num_steps,
             "warm": dict(self.warm),
             "initial": self.initial,
+            "snapshot": self.snapshot,
+            "window": self._saved_window(),
         }
 
     def check_state(self, state: Mapping[str, Any]) -> None:
@@ -435,7 +437,43 @@ class Runner:
             scheduler.load_state_dict(saved)
         if self.source is not None:
             self.source.load_state_dict(state["data"])
-        self.num_steps, self.warm, self.initial = state["num_steps"], dict(state["warm"]), state["initial"]
+        self.num_steps, self.warm = state["num_steps"], dict(state["warm"])
+        self.initial, self.snapshot = copy.deepcopy(state["initial"]), copy.deepcopy(state["snapshot"])
+        self._load_window(state["window"])
+
+    def _saved_window(self) -> dict[str, Any]:
+        """Return the record of the last window, where steps of the level above are still to be taken with it."""
+        steps = self.window if self.problem.every > 1 else []
+        if any(isinstance(step.batch, Nested) for step in steps):
+            raise ValueError(
+                f"problem {self.name!r} has levels below and every={self.problem.every}: its run cannot be saved. "
+                "Use every=1."
+            )
+        saved = [
+            {
+                "batch": step.batch,
+                "index": step.index,
+                "random": save_random(step.random),
+                "flat": step.flat,
+                "states": step.states,
+                "options": [asdict(option) for option, _ in step.recipe.optimizer.groups],
+            }
+            for step in steps
+        ]
+        return {"steps": saved, "size": self.window_size, "started": self.began_at_start, "fresh": list(self.fresh)}
+
+    def _load_window(self, saved: Mapping[str, Any]) -> None:
+        self._kept = None
+        self.window_size, self.began_at_start, self.fresh = saved["size"], saved["started"], list(saved["fresh"])
+        self.window = []
+        for entry in saved["steps"]:
+            bound = self.bind()
+            options = zip(bound.groups, entry["options"], strict=True)
+            groups = tuple((replace(option, **values), names) for (option, names), values in options)
+            recipe = self.recipe(replace(bound, groups=groups))
+            random = load_random(entry["random"], self.layout.device)
+            step = Step(recipe, entry["batch"], entry["index"], random, entry["flat"], entry["states"])
+            self.window.append(step)
 
     def recipe(self, bound: Bound) -> Recipe:
         """Return how this problem's steps are taken by `bound`."""

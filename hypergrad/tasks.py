@@ -166,7 +166,7 @@ def _run(one: OneTask, inputs: tuple[Params, Params, Any, Any], count: int, chun
     mean: Outcome = {
         "grad": {name: g.mean(0) for name, g in stacked["grad"].items()},
         "value": stacked["value"].mean(),
-        "metrics": {name: m.to(torch.float32).mean() for name, m in stacked["metrics"].items()},
+        "metrics": {name: (m if m.is_floating_point() else m.float()).mean() for name, m in stacked["metrics"].items()},
         "code": stacked["code"].max(),
     }
     return mean

@@ -344,3 +344,43 @@ def test_learning_rates_per_parameter_of_tasks() -> None:
         return torch.stack(losses).mean()
 
     assert error(meta.rates.grad, finite_difference(value, meta.rates.detach(), 1e-5)) < 1e-6
+
+
+@pytest.mark.parametrize("chunk", [1, T])
+def test_the_sweep_through_a_task_replays_its_draws(chunk: int) -> None:
+    """With one seed the tasks' upper loss is a function of the start; its gradient is that of the same masks."""
+
+    class Drop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(draw(3, seed=5))
+
+    x, y = draw(T, 8, 3, seed=6), draw(T, 8, seed=7)
+
+    def loss(models: Any, batch: Any) -> Tensor:
+        return ((F.dropout(torch.tanh(batch[0] * models.task.w), 0.5).sum(1) - batch[1]) ** 2).mean()
+
+    def run(at: Tensor) -> tuple[float, Tensor]:
+        task, meta = Drop(), Drop()
+        meta.w.data = at.clone()
+        lower = hg.Problem(
+            "task",
+            module=task,
+            loss=loss,
+            optimizer=torch.optim.SGD(task.parameters(), lr=0.05),
+            steps=3,
+            start=lambda m: dict(m.meta.named_parameters()),
+            method=hg.Unrolled(),
+            tasks=T,
+            chunk=chunk,
+        )
+        upper = hg.Problem(
+            "meta", module=meta, loss=loss, optimizer=torch.optim.SGD(meta.parameters(), lr=0.0), data=[(x, y)]
+        )
+        graph = engine(lower, upper)
+        torch.manual_seed(3)
+        return graph.step().read("meta.loss"), flat(meta)
+
+    at = draw(3, seed=8)
+    expected = finite_difference(lambda v: torch.tensor(run(v)[0], dtype=torch.float64), at, 1e-5)
+    assert error(run(at)[1], expected) < 1e-6
