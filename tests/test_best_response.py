@@ -156,6 +156,8 @@ def test_a_breakdown_raises_in_the_backward_pass() -> None:
     response = hg.best_response(trajectory, upper, method=hg.Implicit(hg.CG(5)))
     with pytest.raises(hg.SolveError, match="negative curvature"):
         flat(response).sum().backward()
+    with pytest.raises(hg.SolveError, match="negative curvature"):
+        torch.autograd.grad(flat(response).sum(), upper["u"], create_graph=True)
     quiet = hg.best_response(trajectory, upper, method=hg.Implicit(hg.CG(5)), throw=False)
     flat(quiet).sum().backward()
     assert torch.isfinite(upper["u"].grad).all()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hypergrad._flat import Params
+from hypergrad._functional import in_transform
+from hypergrad._result import Result, SolveError
 from hypergrad.operators import Operator, Transposed
 from hypergrad.solvers import Solver
 
@@ -34,18 +38,37 @@ def differentiable_solve(solver: Solver, operator_at: OperatorAt, lower: Tensor,
     return _apply(problem, b, lower, tuple(upper.values()))
 
 
+_RAISES: ContextVar[bool] = ContextVar("raises", default=False)
+
+
+@contextlib.contextmanager
+def breakdowns_raise(raises: bool) -> Iterator[None]:
+    """Let the differentiable solves that begin in the body raise their breakdowns, wherever these can be read."""
+    if torch.compiler.is_compiling():
+        yield
+        return
+    token = _RAISES.set(raises)
+    try:
+        yield
+    finally:
+        _RAISES.reset(token)
+
+
 class _Problem:
     """What `_Solve` carries besides its tensors."""
 
     def __init__(self, solver: Solver, operator_at: OperatorAt, names: tuple[str, ...], *, transposed: bool) -> None:
         self.solver, self.operator_at, self.names, self.transposed = solver, operator_at, names, transposed
+        self.raises = not torch.compiler.is_compiling() and _RAISES.get()
 
     def operator(self, lower: Tensor, upper: tuple[Tensor, ...]) -> Operator:
         operator = self.operator_at(lower, dict(zip(self.names, upper, strict=True)))
         return Transposed(operator) if self.transposed else operator
 
     def transpose(self) -> _Problem:
-        return _Problem(self.solver, self.operator_at, self.names, transposed=not self.transposed)
+        other = _Problem(self.solver, self.operator_at, self.names, transposed=not self.transposed)
+        other.raises = self.raises
+        return other
 
 
 class _Solve(torch.autograd.Function):
@@ -56,7 +79,12 @@ class _Solve(torch.autograd.Function):
     @staticmethod
     def forward(problem: _Problem, b: Tensor, lower: Tensor, *upper: Tensor) -> Tensor:
         operator = problem.operator(lower.detach(), tuple(u.detach() for u in upper))
-        return problem.solver.solve(operator, b.detach()).x.detach()
+        solution = problem.solver.solve(operator, b.detach())
+        if problem.raises and not in_transform():
+            result = Result(int(solution.result))
+            if result.is_breakdown:
+                raise SolveError(result, "best_response: ")
+        return solution.x.detach()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from hypergrad._flat import Params, as_params, check_params
 from hypergrad._functional import in_transform, untouched, vjp
 from hypergrad._result import Result, SolveError, Stats
+from hypergrad.methods._solve import breakdowns_raise
 from hypergrad.methods.base import Method, ResponseMethod, UpperLoss, finite_code
 from hypergrad.trajectory import Trajectory
 
@@ -147,7 +148,8 @@ def best_response(traj: Trajectory, upper: Mapping[str, Tensor], *, method: Meth
     def rule(end: Tensor, tensors: Sequence[Tensor], cotangent: Tensor) -> list[Tensor]:
         params = dict(zip(names, tensors, strict=True))
         if method.differentiable and (in_transform() or torch.is_grad_enabled()):
-            pulled = method.differentiable_vjp(traj, end, params, cotangent)
+            with breakdowns_raise(throw):
+                pulled = method.differentiable_vjp(traj, end, params, cotangent)
         elif in_transform() or torch.is_grad_enabled():
             return list(_Once.apply(once, cotangent, *tensors))  # type: ignore[no-untyped-call]
         else:
