@@ -214,6 +214,13 @@ class _StandIns:
             module._buffers[name] = buffer
 
 
+class RunsOnClones(nn.Module):
+    """A module that is only called with clones in the place of its buffers, and needs no copies of them.
+
+    A compiled call finds the same buffers each time then, and is not compiled again.
+    """
+
+
 _open: list[_StandIns] = []
 """Those whose context has been entered and not left, outermost first."""
 
@@ -250,7 +257,7 @@ def called_modules(function: Callable[[], Any]) -> set[nn.Module]:
 @contextlib.contextmanager
 def on_copies(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Run the body with `modules` on copies of their buffers, without our hooks, which would be compiled too."""
-    stand_ins, modules = _StandIns(), list(modules)
+    stand_ins, modules = _StandIns(), [module for module in modules if not isinstance(module, RunsOnClones)]
     found = {inner: inner.training for module in modules for inner in module.modules()}
     patched, nn.Module.train = nn.Module.train, _train  # type: ignore[method-assign]
     for other in _open:

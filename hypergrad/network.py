@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from hypergrad._flat import Params
+from hypergrad._functional import RunsOnClones
 from hypergrad.problem import Problem
 
 Function = Callable[[Any], Any]
 """What is evaluated on the models: models -> anything."""
 
 
-class Models(nn.Module):
+class Models(RunsOnClones):
     """What a loss receives: the problems' modules under the problems' names."""
 
     def __init__(self, modules: Mapping[str, nn.Module], reader: str = "", withheld: Iterable[str] = ()) -> None:

@@ -134,7 +134,8 @@ class Problem:
     def _check_method(self) -> None:
         if self.method is None or isinstance(self.method, Method):
             return
-        found = getattr(self.method, "__name__", repr(self.method))
+        given: Any = self.method
+        found = given.__name__ if isinstance(given, type) else repr(given)
         hint = "Wrap a solver: hg.Implicit(hg.CG(10))."
         if isinstance(self.method, type):
             hint = f"Create an instance: {found}(...)."

@@ -17,7 +17,7 @@ B, C, D, E = (0.3 * draw(N, N, seed=k) for k in (4, 5, 6, 7))
 TARGET = draw(N, seed=8)
 
 
-# --- chains: a*(b, t), b*(t), the top loss reads both ------------------------------------------------------------------
+# --- chains: a*(b, t), b*(t), the top loss reads both ----------------------------------------------------------------
 
 
 def loss_a(m: Any, _: Any) -> Tensor:
@@ -192,7 +192,7 @@ def test_four_levels_equal_the_closed_form() -> None:
     assert error(d.v.grad, torch.func.grad(total)(d.v.detach())) < 1e-8
 
 
-# --- wider graphs -------------------------------------------------------------------------------------------------------
+# --- wider graphs ----------------------------------------------------------------------------------------------------
 
 
 def test_two_bottoms_read_by_one_top() -> None:

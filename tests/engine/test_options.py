@@ -173,7 +173,7 @@ def test_implicit_takes_any_optimizer(kind: str) -> None:
     assert error(u.v.grad, torch.func.grad(total)(u.v.detach())) < tolerance
 
 
-# --- windows ------------------------------------------------------------------------------------------------------------
+# --- windows ---------------------------------------------------------------------------------------------------------
 
 
 def test_every_runs_the_level_before_each_nth_step_above() -> None:
@@ -326,7 +326,7 @@ def test_momentum_goes_on_across_windows() -> None:
     assert error(u.v.grad, torch.func.grad(second)(at)) < 1e-10
 
 
-# --- what a loss sees ---------------------------------------------------------------------------------------------------
+# --- what a loss sees ------------------------------------------------------------------------------------------------
 
 
 def test_response_replaces_the_loss_in_the_implicit_system() -> None:
@@ -562,7 +562,7 @@ def test_frozen_shared_and_unused_parameters() -> None:
     assert not a.frozen.requires_grad
 
 
-# --- breakdowns, callbacks ----------------------------------------------------------------------------------------------
+# --- breakdowns, callbacks -------------------------------------------------------------------------------------------
 
 
 def concave(**options: Any) -> Any:
