@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -51,6 +52,8 @@ class Runner:
         self.source = None if problem.data is None else Source(problem)
         self.window: list[Step] = []
         self.records: list[dict[str, Trajectory]] = []
+        self.batches: deque[Any] = deque(maxlen=100)
+        """The batches of the last window, the latest hundred: what a rehearsal runs on."""
         self.num_steps = 0
         """Own steps taken so far."""
         self.window_size = 0
@@ -198,6 +201,7 @@ class Runner:
         """Forget the last window; begin anew where asked."""
         self.window, self.records, self.window_size, self.fresh = [], [], 0, []
         self.began_at_start = False
+        self.batches.clear()
         if self.problem.restarts or (self.problem.start is not None and self.num_steps == 0):
             self.restart()
         elif self.problem.after == "rollback":
@@ -281,7 +285,10 @@ class Runner:
 
     def record(self, batch: Any, random: RandomState | None, records: dict[str, Trajectory]) -> Step | None:
         """Return the record of the step about to be taken, or None where no method reads one."""
-        if self.recording is None or not self.records_next():
+        if self.recording is None:
+            return None
+        self.batches.append(batch)
+        if not self.records_next():
             return None
         index = self.window_size
         keeps = self.recording.keeps(index, self.problem.steps) or self.recording.tapes(index)

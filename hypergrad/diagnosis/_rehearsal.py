@@ -161,8 +161,8 @@ def _above(engine: Engine, name: str, values: Params) -> Params:
 def _window(engine: Engine, runner: Runner) -> list[Any]:
     """Return one batch for each own step: those of the last window, or the same one for all."""
     problem = runner.problem
-    if len(runner.window) == problem.steps:
-        return [step.batch.batch if isinstance(step.batch, Nested) else step.batch for step in runner.window]
+    if len(runner.batches) == problem.steps:
+        return list(runner.batches)
     if runner.source is not None:
         batches = [runner.source.recent()] * problem.steps
     else:
