@@ -44,8 +44,11 @@ from hypergrad.trajectory import Recording, Trajectory, descend, solved, solved_
 __version__ = "0.1.0"
 
 __all__ = [
+    "Agreement",
     "CG",
     "Composite",
+    "Diagnoses",
+    "Diagnosis",
     "Engine",
     "Exact",
     "FiniteDifference",
@@ -80,8 +83,10 @@ __all__ = [
     "Unrolled",
     "best_response",
     "callbacks",
+    "check_product",
     "descend",
     "detach",
+    "diagnose",
     "hypergradient",
     "methods",
     "optim",

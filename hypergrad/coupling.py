@@ -17,12 +17,12 @@ Pull = Callable[[Runner, Params], Pulled]
 
 
 def settle(group: Sequence[Runner], cotangents: Mapping[str, Params], pull: Pull) -> dict[str, Params]:
-    """Return the cotangents of the solutions of `group` once each has passed on what the others pull back to it.
+    r"""Return the cotangents of the solutions of `group` once each has passed on what the others pull back to it.
 
-    .. math:: c_i = v_i + \\sum_{j \\ne i} \\Big(\\frac{\\partial w_j^*}{\\partial w_i}\\Big)^T c_j
+    .. math:: c_i = v_i + \sum_{j \ne i} \Big(\frac{\partial w_j^*}{\partial w_i}\Big)^T c_j
 
-    with the cotangents v of the solutions w*, each the best response to the others: the derivative of their equilibrium.
-    The system is solved by GMRES, with one pull of each problem a step, to a relative residual of 1e-10.
+    with the cotangents v of the solutions w*, each the best response to the others: the derivative of their
+    equilibrium. The system is solved by GMRES, with one pull of each problem a step, to a relative residual of 1e-10.
 
     Args:
         group: the problems, each differentiated by a rule.

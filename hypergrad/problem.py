@@ -137,7 +137,7 @@ class Problem:
         given: Any = self.method
         found = given.__name__ if isinstance(given, type) else repr(given)
         hint = "Wrap a solver: hg.Implicit(hg.CG(10))."
-        if isinstance(self.method, type):
+        if isinstance(given, type):
             hint = f"Create an instance: {found}(...)."
         raise ValueError(f"problem {self.name!r}: method must be a hypergradient method, got {found}. {hint}")
 

@@ -26,11 +26,10 @@ class TensorBoard(Callback):
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise ImportError(
-                "hg.callbacks.TensorBoard needs the package tensorboard: pip install tensorboard"
-            ) from error
+            raise ImportError("callbacks.TensorBoard needs the package tensorboard: pip install tensorboard") from error
         self.every = every
-        self._writer: Any = SummaryWriter(str(log_dir))  # type: ignore[no-untyped-call]
+        create: Any = SummaryWriter
+        self._writer: Any = create(str(log_dir))
 
     def on_step(self, engine: Runnable, record: Record) -> None:  # noqa: ARG002
         """Write the record if it is due."""
