@@ -27,6 +27,7 @@ from hypergrad.problem import Problem, loss_value
 from hypergrad.product_check import check_product
 from hypergrad.reads import Reads, dry_reads
 from hypergrad.runner import Runner
+from hypergrad.saving import check, load, save
 from hypergrad.source import load_random, save_random
 from hypergrad.tasks import first_task, run_tasks
 from hypergrad.trajectory import Trajectory
@@ -388,7 +389,7 @@ class Engine:
             {
                 "num_steps": self.num_steps,
                 "random": save_random(random_state(device)),
-                "problems": {name: runner.state_dict() for name, runner in self.runners.items()},
+                "problems": {name: save(runner) for name, runner in self.runners.items()},
             }
         )
 
@@ -406,9 +407,9 @@ class Engine:
                 "problems as the one that was saved."
             )
         for name, runner in self.runners.items():
-            runner.check_state(state["problems"][name])
+            check(runner, state["problems"][name])
         for name, runner in self.runners.items():
-            runner.load_state_dict(state["problems"][name])
+            load(runner, state["problems"][name])
         self.num_steps = state["num_steps"]
         restore_random_state(load_random(state["random"], next(iter(self.runners.values())).layout.device))
 

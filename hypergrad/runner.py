@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,7 +28,8 @@ from hypergrad.methods import (
 from hypergrad.network import Function, Network, own
 from hypergrad.optim import Bound, from_torch, read_options, read_state
 from hypergrad.problem import Problem, criterion_value, loss_value, penalty_value
-from hypergrad.source import Source, load_random, save_random
+from hypergrad.snapshot import restore, snapshot
+from hypergrad.source import Source
 from hypergrad.stepper import Stepper
 from hypergrad.trajectory import Recipe, Recording, Step, Trajectory
 
@@ -64,7 +64,7 @@ class Runner:
         self.whole = Layout.of(self.variables, what=f"the variables of problem {self.name!r}")
         self.stepper = Stepper(problem)
         begins_anew = problem.tasks is None and (problem.restarts or problem.start is not None)
-        self.initial = self._fresh(self._snapshot()) if begins_anew else None
+        self.initial = snapshot(problem) | {"optimizer": {}} if begins_anew else None
         self.snapshot: dict[str, Any] | None = None
         self.warm: dict[str, Tensor] = {}
         self.fresh: list[Any] = []
@@ -205,18 +205,18 @@ class Runner:
         if self.problem.restarts or (self.problem.start is not None and self.num_steps == 0):
             self.restart()
         elif self.problem.after == "rollback":
-            self.snapshot = self._snapshot()
+            self.snapshot = snapshot(self.problem)
 
     def end_window(self) -> None:
         """Return to where the window began, if asked; called once the level above has stepped."""
         if self.problem.after == "rollback" and self.snapshot is not None:
-            self._restore(self.snapshot)
+            restore(self.problem, self.snapshot)
             self.snapshot = None
 
     def restart(self) -> None:
         """Put the problem at its start, with fresh optimizer state."""
         assert self.initial is not None
-        self._restore(self.initial)
+        restore(self.problem, self.initial)
         if self.problem.start is None:
             return
         with torch.no_grad():
@@ -245,38 +245,6 @@ class Runner:
                 )
         return {key: values[key] for key in self.variables}
 
-    def _snapshot(self) -> dict[str, Any]:
-        """Return a copy of parameters, buffers, optimizer and schedulers."""
-        optimizer = self.problem.optimizer.state_dict()
-        return copy.deepcopy(
-            {
-                "parameters": {key: p.detach() for key, p in self.variables.items()},
-                "buffers": dict(self.problem.module.named_buffers()),
-                "optimizer": optimizer["state"],
-                "groups": optimizer["param_groups"],
-                "schedulers": [s.state_dict() for s in self.problem.schedulers()],
-            }
-        )
-
-    @staticmethod
-    def _fresh(snapshot: dict[str, Any]) -> dict[str, Any]:
-        """Return the same with an optimizer that has not stepped."""
-        return snapshot | {"optimizer": {}}
-
-    def _restore(self, snapshot: dict[str, Any]) -> None:
-        with torch.no_grad():
-            for key, parameter in self.variables.items():
-                parameter.copy_(snapshot["parameters"][key])
-            for key, buffer in self.problem.module.named_buffers():
-                if key in snapshot["buffers"]:
-                    buffer.copy_(snapshot["buffers"][key])
-        optimizer, schedulers = self.problem.optimizer, self.problem.schedulers()
-        # without a scheduler, options are the user's to change, and stay
-        groups = snapshot["groups"] if schedulers else optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict(copy.deepcopy({"state": snapshot["optimizer"], "param_groups": groups}))
-        for scheduler, state in zip(schedulers, snapshot["schedulers"], strict=True):
-            scheduler.load_state_dict(copy.deepcopy(state))
-
     def records_next(self) -> bool:
         """Return whether the step about to be taken is one that its method reads or runs again."""
         if self.recording is None:
@@ -304,6 +272,10 @@ class Runner:
         )
         self.window.append(step)
         return step
+
+    def forget_options(self) -> None:
+        """Read the optimizer's options anew before the next step."""
+        self._kept = None
 
     def _present_recipe(self) -> Recipe:
         """Return how the next step is taken; made anew only when the optimizer's options have changed."""
@@ -403,84 +375,6 @@ class Runner:
         """Count a step of the window, taken or left out."""
         self.num_steps += 1
         self.window_size += 1
-
-    # --- saving ------------------------------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what this problem needs to go on."""
-        return {
-            "module": self.problem.module.state_dict(),
-            "optimizer": self.problem.optimizer.state_dict(),
-            "schedulers": [s.state_dict() for s in self.problem.schedulers()],
-            "data": None if self.source is None else self.source.state_dict(),
-            "num_steps": self.num_steps,
-            "warm": dict(self.warm),
-            "initial": self.initial,
-            "snapshot": self.snapshot,
-            "window": self._saved_window(),
-        }
-
-    def check_state(self, state: Mapping[str, Any]) -> None:
-        """Raise a ValueError unless `state` fits this problem's module."""
-        ours = {key: tuple(v.shape) for key, v in self.problem.module.state_dict().items() if isinstance(v, Tensor)}
-        theirs = {key: tuple(v.shape) for key, v in state["module"].items() if isinstance(v, Tensor)}
-        if ours != theirs:
-            differing = sorted(k for k in {**ours, **theirs} if ours.get(k) != theirs.get(k))
-            raise ValueError(
-                f"problem {self.name!r}: the state was saved from another module; they differ in {differing}. Build "
-                "the same module as the one that was saved."
-            )
-        if (self.source is None) != (state["data"] is None) or len(self.stepper.schedulers) != len(state["schedulers"]):
-            raise ValueError(
-                f"problem {self.name!r}: the state was saved from a problem with other data or schedulers. Give it "
-                "the same."
-            )
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state`."""
-        self.problem.module.load_state_dict(state["module"])
-        self.problem.optimizer.load_state_dict(state["optimizer"])
-        for scheduler, saved in zip(self.problem.schedulers(), state["schedulers"], strict=True):
-            scheduler.load_state_dict(saved)
-        if self.source is not None:
-            self.source.load_state_dict(state["data"])
-        self.num_steps, self.warm = state["num_steps"], dict(state["warm"])
-        self.initial, self.snapshot = copy.deepcopy(state["initial"]), copy.deepcopy(state["snapshot"])
-        self._load_window(state["window"])
-
-    def _saved_window(self) -> dict[str, Any]:
-        """Return the record of the last window, where steps of the level above are still to be taken with it."""
-        steps = self.window if self.problem.every > 1 else []
-        if any(isinstance(step.batch, Nested) for step in steps):
-            raise ValueError(
-                f"problem {self.name!r} has levels below and every={self.problem.every}: its run cannot be saved. "
-                "Use every=1."
-            )
-        saved = [
-            {
-                "batch": step.batch,
-                "index": step.index,
-                "random": save_random(step.random),
-                "flat": step.flat,
-                "states": step.states,
-                "options": [asdict(option) for option, _ in step.recipe.optimizer.groups],
-            }
-            for step in steps
-        ]
-        return {"steps": saved, "size": self.window_size, "started": self.began_at_start, "fresh": list(self.fresh)}
-
-    def _load_window(self, saved: Mapping[str, Any]) -> None:
-        self._kept = None
-        self.window_size, self.began_at_start, self.fresh = saved["size"], saved["started"], list(saved["fresh"])
-        self.window = []
-        for entry in saved["steps"]:
-            bound = self.bind()
-            options = zip(bound.groups, entry["options"], strict=True)
-            groups = tuple((replace(option, **values), names) for (option, names), values in options)
-            recipe = self.recipe(replace(bound, groups=groups))
-            random = load_random(entry["random"], self.layout.device)
-            step = Step(recipe, entry["batch"], entry["index"], random, entry["flat"], entry["states"])
-            self.window.append(step)
 
     def recipe(self, bound: Bound) -> Recipe:
         """Return how this problem's steps are taken by `bound`."""

@@ -34,7 +34,9 @@ LAYERS: dict[str, float] = {
     "graph": 6,
     "source": 6.2,
     "stepper": 6.3,
+    "snapshot": 6.4,
     "runner": 6.5,
+    "saving": 6.55,
     "checks": 6.7,
     "coupling": 6.8,
     "tasks": 6.6,
@@ -117,11 +119,7 @@ def _complaint(path: Path, item: Import) -> str | None:
     own, other = _layer_of(module), _layer_of(item.module)
     assert own is not None
     if other is None:
-        return (
-            None
-            if own >= LAYERS["bench"]
-            else "the catalogue `hypergrad` stands above every file but the tests'"
-        )
+        return None if own >= LAYERS["bench"] else "the catalogue `hypergrad` stands above every file but the tests'"
     if path.name == "__init__.py" and item.module.startswith(module + "."):
         return None
     same_layer = int(own) == int(other)
@@ -169,9 +167,7 @@ def test_applications_use_public_names_only(path: Path) -> None:
     where = path.relative_to(ROOT)
     for item in _imports(path):
         if item.module.split(".")[0] == "hypergrad":
-            assert item.module == "hypergrad", (
-                f"{where}:{item.line}: say `import hypergrad as hg`, not {item.module}"
-            )
+            assert item.module == "hypergrad", f"{where}:{item.line}: say `import hypergrad as hg`, not {item.module}"
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "hypergrad":
             raise AssertionError(f"{where}:{node.lineno}: say `import hypergrad as hg`")
@@ -205,9 +201,7 @@ def test_an_import_that_goes_up_is_found(monkeypatch, tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")
     path = tmp_path / "hypergrad" / "solvers" / "cg.py"
-    path.write_text(
-        "import hypergrad.engine\nfrom .base import Solver\nfrom .minres import MINRES\nimport hypergrad\n"
-    )
+    path.write_text("import hypergrad.engine\nfrom .base import Solver\nfrom .minres import MINRES\nimport hypergrad\n")
     monkeypatch.setitem(globals(), "ROOT", tmp_path)
     refused = [item.module for item in _imports(path) if _complaint(path, item)]
     assert refused == ["hypergrad.engine", "hypergrad.solvers.minres", "hypergrad"]

@@ -119,8 +119,11 @@ def test_a_state_is_a_copy() -> None:
     before = copy.deepcopy(state)
     engine.run(3)
     assert same(before["problems"], state["problems"])
-    engine.load_state_dict(state)
-    assert same(net.state_dict(), before["problems"]["net"]["module"])
+    for _ in range(2):
+        engine.load_state_dict(state)
+        assert same(net.state_dict(), before["problems"]["net"]["module"])
+        engine.run(2)
+        assert same(before["problems"], state["problems"])
 
 
 def test_a_state_saved_before_the_first_step() -> None:
