@@ -132,9 +132,9 @@ class Problem:
             raise ValueError(f"problem {self.name!r}: {option} must be {expected}, got {value!r}.")
 
     def _check_method(self) -> None:
-        if self.method is None or isinstance(self.method, Method):
+        given: object = self.method
+        if given is None or isinstance(given, Method):
             return
-        given: Any = self.method
         found = given.__name__ if isinstance(given, type) else repr(given)
         hint = "Wrap a solver: hg.Implicit(hg.CG(10))."
         if isinstance(given, type):

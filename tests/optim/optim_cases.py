@@ -118,9 +118,7 @@ def gradient(params: Tensor) -> Tensor:
     return live * ((0.3 + 0.2 * index) * (params - target) + 0.3 * torch.sin(2.0 * (live * params).roll(1)))
 
 
-def run(
-    optimizer: Optimizer, params: Tensor, hyper: dict[str, Tensor], steps: int = 8
-) -> tuple[Tensor, State]:
+def run(optimizer: Optimizer, params: Tensor, hyper: dict[str, Tensor], steps: int = 8) -> tuple[Tensor, State]:
     """`steps` steps from `params`; eight reach both of RAdam's branches."""
     state = optimizer.init(params)
     for _ in range(steps):

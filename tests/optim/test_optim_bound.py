@@ -112,11 +112,7 @@ def test_decay_and_sign_are_floats_where_groups_agree_and_vectors_where_not() ->
     assert two_groups(SGD(weight_decay=0.3), Adam(weight_decay=0.3)).decay() == Decay(coupled=0.3)
     mixed = two_groups(SGD(weight_decay=0.3), AdamW(weight_decay=0.2, maximize=True))
     signs, decay = mixed.sign(), mixed.decay()
-    assert (
-        isinstance(signs, Tensor)
-        and isinstance(decay.coupled, Tensor)
-        and isinstance(decay.decoupled, Tensor)
-    )
+    assert isinstance(signs, Tensor) and isinstance(decay.coupled, Tensor) and isinstance(decay.decoupled, Tensor)
     assert signs.tolist() == [1.0] * 4 + [-1.0] * 3
     torch.testing.assert_close(decay.coupled, torch.tensor([0.3] * 4 + [0.0] * 3))
     torch.testing.assert_close(decay.decoupled, torch.tensor([0.0] * 4 + [0.2] * 3))

@@ -32,9 +32,7 @@ def test_clipping_equals_torch(ours: Any, theirs: Any, limit: float, scale: floa
     grad = scale * GRAD
     expected = torchs(grad, theirs, limit)
     torch.testing.assert_close(ours(grad, limit), expected, rtol=1e-14, atol=1e-15)
-    torch.testing.assert_close(
-        ours(grad, torch.tensor(limit, dtype=torch.float64)), expected, rtol=1e-14, atol=1e-15
-    )
+    torch.testing.assert_close(ours(grad, torch.tensor(limit, dtype=torch.float64)), expected, rtol=1e-14, atol=1e-15)
 
 
 @pytest.mark.parametrize("clip", [clip_norm, clip_value])
@@ -44,9 +42,7 @@ def test_derivatives_equal_finite_differences(clip: Any) -> None:
     assert torch.autograd.gradgradcheck(clip, (GRAD.clone().requires_grad_(), limit))
 
 
-@pytest.mark.filterwarnings(
-    "ignore:`torch.jit.script` is deprecated:DeprecationWarning"
-)  # torch's own import
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own import
 @pytest.mark.parametrize("clip", [clip_norm, clip_value])
 def test_derivatives_at_a_zero_gradient_are_those_of_no_clipping(clip: Any) -> None:
     zero = torch.zeros(4)

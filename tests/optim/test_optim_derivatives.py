@@ -82,9 +82,7 @@ def test_transforms_agree(case: Case) -> None:
     torch.testing.assert_close(forward, expected, **TIGHT)
 
     scales = torch.tensor([1.0, 0.9, 1.05], dtype=torch.float64)
-    many = torch.vmap(gradients)(
-        scales[:, None] * params, {name: scales * value for name, value in hyper.items()}
-    )
+    many = torch.vmap(gradients)(scales[:, None] * params, {name: scales * value for name, value in hyper.items()})
     for i, scale in enumerate(scales):
         alone = gradients(scale * params, {name: scale * value for name, value in hyper.items()})
         torch.testing.assert_close(many[0][i], alone[0], **TIGHT)
@@ -133,9 +131,7 @@ def test_second_derivatives_equal_finite_differences(case: Case) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_a_gradient_entry_of_exactly_zero_leaves_every_derivative_finite(
-    case: Case, dtype: torch.dtype
-) -> None:
+def test_a_gradient_entry_of_exactly_zero_leaves_every_derivative_finite(case: Case, dtype: torch.dtype) -> None:
     optimizer = ours((case[0], {key: value for key, value in case[1].items() if key != "weight_decay"}))
 
     def end(params: Tensor) -> Tensor:

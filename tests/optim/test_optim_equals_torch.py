@@ -27,9 +27,7 @@ def test_25_steps_equal_torch(case: Case, recording: bool) -> None:
     for _ in range(25):
         parameter.grad = gradient(parameter.detach())
         theirs.step()
-        with torch.set_grad_enabled(
-            recording
-        ):  # without a tape the updates leave out what guards derivatives
+        with torch.set_grad_enabled(recording):  # without a tape the updates leave out what guards derivatives
             params, state = optimizer.update(params, gradient(params), state)
         torch.testing.assert_close(params, parameter.detach(), **EXACT)
     assert state["step"] == 25

@@ -47,14 +47,10 @@ def step(net: nn.Module, optimizer: torch.optim.Optimizer, skip: tuple[str, ...]
 
 
 def test_every_option_of_a_group_is_taken(net: nn.Module) -> None:
-    taken = from_torch(
-        torch.optim.AdamW(groups(net), lr=0.1, betas=(0.5, 0.6), eps=0.1, maximize=True, amsgrad=True)
-    )
+    taken = from_torch(torch.optim.AdamW(groups(net), lr=0.1, betas=(0.5, 0.6), eps=0.1, maximize=True, amsgrad=True))
     expected = AdamW(0.1, betas=(0.5, 0.6), eps=0.1, maximize=True, amsgrad=True, weight_decay=0.0)
     assert taken.optimizers[0] == expected
-    assert taken.optimizers[1] == AdamW(
-        0.5, betas=(0.5, 0.6), eps=0.1, maximize=True, amsgrad=True, weight_decay=0.01
-    )
+    assert taken.optimizers[1] == AdamW(0.5, betas=(0.5, 0.6), eps=0.1, maximize=True, amsgrad=True, weight_decay=0.01)
 
 
 def test_a_rate_in_a_tensor_is_copied_unless_it_is_to_be_differentiated(net: nn.Module) -> None:
@@ -135,9 +131,7 @@ def _state_in_another_order(net: nn.Module) -> Any:
     ],
     ids=["groups", "unnamed", "others", "order", "no optimizer"],
 )
-def test_a_match_that_cannot_be_told_is_refused_with_the_remedy(
-    net: nn.Module, attempt: Any, pattern: str
-) -> None:
+def test_a_match_that_cannot_be_told_is_refused_with_the_remedy(net: nn.Module, attempt: Any, pattern: str) -> None:
     with pytest.raises(ValueError, match=pattern):
         attempt(net)
 
@@ -187,9 +181,7 @@ def test_a_class_without_a_counterpart_is_refused(net: nn.Module, kind: Any) -> 
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_the_decay_of_any_optimizer_is_known(
-    net: nn.Module, kind: Any, options: Any, expected: Decay
-) -> None:
+def test_the_decay_of_any_optimizer_is_known(net: nn.Module, kind: Any, options: Any, expected: Decay) -> None:
     named = {**dict(net.named_parameters()), "more": torch.zeros(2)}
     bound = decay_of(kind(net.parameters(), **options), named)
     assert bound.names == NAMES
@@ -245,9 +237,7 @@ def test_parameters_that_joined_later_keep_their_own_step_count(net: nn.Module, 
     states = bound.init(params)
     for _ in range(6):
         step(net, optimizer)
-        grad = bound.layout.ravel(
-            {name: value.grad for name, value in named.items() if value.grad is not None}
-        )
+        grad = bound.layout.ravel({name: value.grad for name, value in named.items() if value.grad is not None})
         params, states = bound.update(params, grad, states)
         end = bound.layout.ravel({name: value.detach() for name, value in named.items()})
         torch.testing.assert_close(params, end, rtol=0.0, atol=1e-10)

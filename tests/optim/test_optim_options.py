@@ -77,10 +77,7 @@ def test_defaults_are_those_of_torch(kind: type) -> None:
     ("optimizer", "expected"),
     [
         *[(kind(weight_decay=0.3), Decay(coupled=0.3)) for kind in KINDS if kind is not AdamW],
-        *[
-            (kind(weight_decay=0.3, decoupled_weight_decay=True), Decay(decoupled=0.3))
-            for kind in (Adam, NAdam, RAdam)
-        ],
+        *[(kind(weight_decay=0.3, decoupled_weight_decay=True), Decay(decoupled=0.3)) for kind in (Adam, NAdam, RAdam)],
         (AdamW(weight_decay=0.3), Decay(decoupled=0.3)),
         (Opaque(of="LBFGS", coupled=0.1), Decay(coupled=0.1)),
     ],

@@ -15,9 +15,7 @@ VECTOR = torch.linspace(1, 2, 5, dtype=DOUBLE)
 
 
 def function(symmetric=False, **options):
-    return Function(
-        lambda v: A @ v, lambda v: A.T @ v, size=5, dtype=DOUBLE, device="cpu", symmetric=symmetric
-    )
+    return Function(lambda v: A @ v, lambda v: A.T @ v, size=5, dtype=DOUBLE, device="cpu", symmetric=symmetric)
 
 
 CASES: list[tuple[Operator, torch.Tensor, bool]] = [
@@ -73,9 +71,7 @@ def test_damping_can_be_batched_and_differentiated():
 
 
 def test_errors():
-    with pytest.raises(
-        ValueError, match=r"Matrix expects a square matrix, shape \(n, n\), got shape \(2, 3\)"
-    ):
+    with pytest.raises(ValueError, match=r"Matrix expects a square matrix, shape \(n, n\), got shape \(2, 3\)"):
         Matrix(torch.zeros(2, 3))
     with pytest.raises(ValueError, match=r"Matrix expects floating-point entries, got torch.int64"):
         Matrix(torch.zeros(2, 2, dtype=torch.int64))

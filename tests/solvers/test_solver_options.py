@@ -99,9 +99,7 @@ EACH = [CG(3), MINRES(3), GMRES(3), Exact(), Neumann(3), Nystrom(3), SciPy("gmre
 def test_bad_systems(solver):
     op, b, x = system(4, 10.0)
     name = type(solver).__name__
-    with pytest.raises(
-        ValueError, match=rf"{name} expects b of shape \(4,\), the size of the operator, got \(3,\)"
-    ):
+    with pytest.raises(ValueError, match=rf"{name} expects b of shape \(4,\), the size of the operator, got \(3,\)"):
         solver.solve(op, b[:3])
     with pytest.raises(
         ValueError, match=rf"{name} expects b of dtype torch.float64, the operator's, got torch.float32"
@@ -122,9 +120,7 @@ def test_bad_systems(solver):
 @pytest.mark.parametrize("solver", [CG(3), MINRES(3), Nystrom(3), SciPy("cg"), SciPy("minres")], ids=str)
 def test_symmetric_solvers_refuse_others(solver):
     op, b, _ = system(4, 10.0)
-    with pytest.raises(
-        ValueError, match=r"needs a symmetric operator, and this one is not marked symmetric.*GMRES"
-    ):
+    with pytest.raises(ValueError, match=r"needs a symmetric operator, and this one is not marked symmetric.*GMRES"):
         solver.solve(Matrix(op.dense), b)
 
 
@@ -157,9 +153,7 @@ def test_scipy_is_refused_in_transforms():
 
 def test_second_moment_needs_one():
     op, b, _ = system(4, 10.0)
-    with pytest.raises(
-        ValueError, match=r"SecondMoment needs an operator with a second moment.*adaptive optimizer"
-    ):
+    with pytest.raises(ValueError, match=r"SecondMoment needs an operator with a second moment.*adaptive optimizer"):
         CG(preconditioner=SecondMoment()).solve(op, b)
 
 

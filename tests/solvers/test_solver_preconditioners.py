@@ -54,9 +54,7 @@ def test_hutchinson_of_the_zero_operator():
 def test_second_moment():
     A = torch.diag(torch.logspace(-3, 3, 20, dtype=DOUBLE)) + 1e-5 * matrix(20, 10.0)
     x = torch.ones(20, dtype=DOUBLE)
-    op = Function(
-        lambda v: A @ v, size=20, dtype=DOUBLE, device="cpu", symmetric=True, second_moment=A.diagonal() ** 2
-    )
+    op = Function(lambda v: A @ v, size=20, dtype=DOUBLE, device="cpu", symmetric=True, second_moment=A.diagonal() ** 2)
     b = A @ x
     plain = CG(500, rtol=1e-10).solve(op, b)
     better = CG(500, rtol=1e-10, preconditioner=SecondMoment(eps=1e-12)).solve(op, b)

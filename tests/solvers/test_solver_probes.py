@@ -15,9 +15,7 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("draw", [rademacher, gaussian])
 def test_moments_and_independence(draw):
     n = 20000
-    rows = torch.stack(
-        [draw(n, seed=s, stream=t, dtype=DOUBLE, device=CPU) for s in range(4) for t in range(4)]
-    )
+    rows = torch.stack([draw(n, seed=s, stream=t, dtype=DOUBLE, device=CPU) for s in range(4) for t in range(4)])
     bound = 5 / n**0.5  # five standard deviations, times sqrt(2) for squares
     assert (rows.mean(1).abs() < bound).all()
     gram = rows @ rows.T / n

@@ -154,9 +154,7 @@ def test_start_at_the_solution_takes_no_steps(kind, check_every):
         assert counting.products == 1
 
 
-@pytest.mark.parametrize(
-    "solver", [CG(40), MINRES(40), GMRES(40), GMRES(40, restart=8), Neumann(300), SciPy("gmres")]
-)
+@pytest.mark.parametrize("solver", [CG(40), MINRES(40), GMRES(40), GMRES(40, restart=8), Neumann(300), SciPy("gmres")])
 def test_a_good_start_saves_steps_and_a_bad_one_does_no_harm(solver):
     op, b, x = system(12, 10.0)
     cold = solver.solve(op, b)

@@ -55,9 +55,7 @@ FIELDS = ("x", "result", "num_steps", "num_products", "residual_norm")
 
 def solve(solver, A, b, x0=None, moment=None):
     moment = torch.ones(N, dtype=A.dtype, device=A.device) if moment is None else moment
-    op = Function(
-        lambda v: A @ v, size=N, dtype=A.dtype, device=A.device, symmetric=True, second_moment=moment
-    )
+    op = Function(lambda v: A @ v, size=N, dtype=A.dtype, device=A.device, symmetric=True, second_moment=moment)
     return solver.solve(Damped(op, 0.01), b, x0=x0 if solver.uses_initial else None)
 
 

@@ -165,9 +165,7 @@ def test_scipy_nonsymmetric(name):
     assert solution.x.dtype == DOUBLE
 
 
-@pytest.mark.parametrize(
-    "name", ["cg", "minres", "bicg", "bicgstab", "cgs", "tfqmr", "qmr", "gmres", "lgmres"]
-)
+@pytest.mark.parametrize("name", ["cg", "minres", "bicg", "bicgstab", "cgs", "tfqmr", "qmr", "gmres", "lgmres"])
 def test_scipy_definite(name):
     op, b, x = system(20, 10.0)
     solution = SciPy(name, rtol=1e-13, max_steps=500).solve(op, b)
@@ -188,9 +186,7 @@ def test_float32(solver):
         assert code.dtype == torch.int64 and code.shape == ()
 
 
-@pytest.mark.parametrize(
-    "solver", [CG(100, rtol=1e-10), MINRES(100, rtol=1e-10), GMRES(100, rtol=1e-10), Exact()]
-)
+@pytest.mark.parametrize("solver", [CG(100, rtol=1e-10), MINRES(100, rtol=1e-10), GMRES(100, rtol=1e-10), Exact()])
 @pytest.mark.parametrize("dtype, scale", [(DOUBLE, 1e-200), (DOUBLE, 1e200), (torch.float32, 1e-30)])
 def test_tiny_and_huge_right_hand_sides(solver, dtype, scale):
     op, b, x = system(10, 10.0, dtype=dtype)
