@@ -205,6 +205,31 @@ def test_weight_decay_and_maximize_belong_to_the_condition() -> None:
     assert (d.smallest, d.largest) == (pytest.approx(1.5), pytest.approx(4.5))
 
 
+def test_decoupled_decay_is_refused_unless_the_method_in_use_ignores_it() -> None:
+    problem = Quadratic([1.0, 2.0, 3.0])
+    traj = problem.run(50, hg.optim.AdamW(lr=0.1, weight_decay=0.1))
+    d = problem.diagnose(traj)
+    assert d.recommendation == hg.Unrolled() and "decoupled weight decay" in d.advice
+    d = problem.diagnose(traj, method=hg.Implicit(hg.CG(5), decoupled="ignore"))
+    assert "decoupled weight decay" not in d.advice and d.reference_residual is not None
+
+
+def test_a_thinned_record_leaves_out_what_needs_more() -> None:
+    problem = Quadratic(geometric(4, 1.0, 4.0))
+    method = hg.Implicit(hg.CG(5))
+    traj = hg.descend(
+        problem.lower_loss,
+        problem.lower,
+        problem.upper,
+        optimizer=hg.optim.SGD(lr=0.2),
+        batches=[None] * 200,
+        recording=method.recording(200),
+    )
+    d = problem.diagnose(traj, method=method)
+    assert d.relative_stationarity is None and d.distance < 1e-6
+    assert "Unrolled" not in [a.name for a in d.agreement]
+
+
 def test_penalty_is_compared_without_its_direct_term() -> None:
     problem = Quadratic(geometric(5, 1.0, 4.0))
     method = hg.Penalty(strength=1e4, optimizer=hg.optim.SGD(lr=0.2), steps=200)

@@ -272,11 +272,12 @@ def _examine(pieces: _Pieces, options: _Options) -> Diagnosis:
 
     _, cotangent, direct = partials(pieces.upper_loss, trajectory, upper, pieces.batch)
     compared = Comparison(pieces.upper_loss, trajectory, upper, pieces.batch, cotangent, direct)
-    compared.add(CONVERGED, Implicit(solver, batches=batches, over=over))
+    decoupled = method.decoupled if isinstance(method, Implicit) else "refuse"
+    compared.add(CONVERGED, Implicit(solver, batches=batches, over=over, decoupled=decoupled))
     in_use = "" if method is None else describe(method)
     if method is not None and not isinstance(method, Reptile):
         compared.add(in_use, method)
-    compared.add("Implicit(Neumann(10))", Implicit(Neumann(10), batches=batches, over=over))
+    compared.add("Implicit(Neumann(10))", Implicit(Neumann(10), batches=batches, over=over, decoupled=decoupled))
     if ran:
         compared.add("OneStep", OneStep())
         compared.add("Unrolled", Unrolled())
