@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.utils import _pytree as pytree
 
 from hypergrad._flat import Params, as_params, check_params
@@ -180,7 +181,7 @@ def best_response(traj: Trajectory, upper: Mapping[str, Tensor], *, method: Meth
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _traced_in_transform() -> bool:
     """Return whether the region that is being traced runs inside a `torch.func` transform."""
-    return torch._C._functorch.maybe_current_level() is not None
+    return _functorch.maybe_current_level() is not None
 
 
 Rule = Callable[[Tensor, Sequence[Tensor], Tensor], list[Tensor]]
@@ -235,7 +236,7 @@ class _Once(torch.autograd.Function):
         pass
 
     @staticmethod
-    def backward(_ctx: Any, *_cotangents: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ARG004
         raise ValueError(
             "the rule of this best response cannot be differentiated, which second derivatives need. Use "
             "hg.Unrolled or hg.Implicit for that level, or Engine(partial_hessian=True)."
