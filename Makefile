@@ -6,6 +6,7 @@ WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 RUNS := runs
+DEMO ?= --preset small --seeds 2 --method cg first-order no-implicit
 
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -33,7 +34,7 @@ $(VENV)/.extra-%: $(VENV)/.torch pyproject.toml
 	@touch $@
 
 demo: $(VENV)/.extra-ssl
-	$(BIN)/python -m ssl_tasks bissl --preset small --out $(RUNS)/bissl
+	$(BIN)/python -m ssl_tasks bissl $(DEMO) --out $(RUNS)/bissl
 	@echo "table and options: $(RUNS)/bissl/results.json    figure: $(RUNS)/bissl/figure.png"
 
 test: $(VENV)/.extra-test

@@ -19,6 +19,7 @@ Downstream Fine-Tuning via Bilevel Optimization", arXiv 2410.02387.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -168,7 +169,11 @@ def arm(name: str) -> Arm:
         pretext = Tower(trial.backbone.encoder, trial.backbone.head)
         downstream = Tower(copy.deepcopy(trial.backbone.encoder), warmed_head(trial.backbone.encoder, trial))
         engine = graph(pretext, downstream, trial, name)
-        engine.run(own.alternations * own.upper_steps, callbacks=[_Advance(own, trial.advance)])
+        with warnings.catch_warnings():  # counted below instead: a few steps of a run may meet negative curvature
+            warnings.filterwarnings("ignore", "hypergradient of problem", RuntimeWarning)
+            history = engine.run(own.alternations * own.upper_steps, callbacks=[_Advance(own, trial.advance)])
+        codes = history["downstream.result"] if "downstream.result" in history.keys() else []
+        trial.noted["breakdowns"] = sum(hg.Result(int(code)).is_breakdown for code in codes)
         return pretext.encoder
 
     return align

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -28,13 +28,17 @@ CONVENTIONAL, EXTRA_STEPS, EXTRA_COST = "conventional", "extra pretext steps", "
 
 @dataclass(frozen=True)
 class Trial:
-    """What an arm receives: a backbone of its own to train, the data, the recipe, the seed, the progress bar."""
+    """What an arm receives: a backbone of its own to train, the data, the recipe, the seed, the progress bar.
+
+    `noted` takes numbers that the arm wants beside its measures in results.json.
+    """
 
     backbone: Backbone
     data: Data
     recipe: Recipe
     seed: int
     advance: Callable[[], None]
+    noted: dict[str, float] = field(default_factory=dict)
 
 
 Arm = Callable[[Trial], nn.Module]
@@ -138,11 +142,13 @@ def run(
             for name, arm in arms.items():
                 advance(0, f"seed {seed}, {name}")
                 start = time.perf_counter()
-                trained = arm(Trial(copy.deepcopy(backbone), sets, recipe, seed, advance))
+                trial = Trial(copy.deepcopy(backbone), sets, recipe, seed, advance)
+                trained = arm(trial)
                 if torch.device(device).type == "cuda":
                     torch.cuda.synchronize()
                 seconds = time.perf_counter() - start
-                rows.append(report.Row(name, seed, seconds, measure(trained, sets, recipe, seed=seed)))
+                measures = {**measure(trained, sets, recipe, seed=seed), **trial.noted}
+                rows.append(report.Row(name, seed, seconds, measures))
             _record(out, rows, recipe, data, seeds, options, time.perf_counter() - began)
     print(report.table(rows, over=CONVENTIONAL, columns=COLUMNS, paired="probe"))
     shown = {"probe": "linear probe, before fine-tuning", "fine_tuned": "fine-tuned"}
