@@ -63,7 +63,7 @@ def digits() -> None:
         hg.hypergradient(softmax_regression, traj, upper, method=method, batch=validation).grad["log_lr"]
         for method in (hg.Unrolled(), hg.ForwardUnrolled())
     ]
-    learned = tune(softmax_regression, softmax_regression, lower, upper, train, validation, num_steps=60, lr=0.08)
+    learned = tune(softmax_regression, softmax_regression, lower, upper, train, validation, num_steps=40, lr=0.1)
     print(f"digits, loss after {STEPS} steps: constant rate ({best_lr}) {constant[best_lr]:.4f}, learned {learned:.4f}")
     print("learned rates:", " ".join(f"{rate:.2f}" for rate in upper["log_lr"].exp().tolist()))
     assert torch.allclose(backward, forward, rtol=1e-9, atol=1e-12)
@@ -83,7 +83,7 @@ def quadratic() -> None:
         return 0.5 * (curvature * lower["w"] ** 2).sum()
 
     upper = {"log_lr": torch.tensor([0.1, 0.2, 0.5]).log()}
-    reached = tune(loss, loss, {"w": torch.ones(3)}, upper, None, None, num_steps=400, lr=0.03)
+    reached = tune(loss, loss, {"w": torch.ones(3)}, upper, None, None, num_steps=250, lr=0.03)
     rates = upper["log_lr"].exp().sort(descending=True).values
     print(f"quadratic: loss {reached:.1e} after 3 steps at rates", " ".join(f"{rate:.4f}" for rate in rates.tolist()))
     assert torch.allclose(rates, 1 / curvature, rtol=1e-2)

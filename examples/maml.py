@@ -97,7 +97,7 @@ def meta_train(method: hg.Method, loss, steps: int, seed: int = 0) -> tuple[floa
         return sum(accuracy) / len(accuracy)
 
     before = unseen()
-    engine_over("train", lr=0.01).run(80)
+    engine_over("train", lr=0.01).run(50)
     return before, unseen()
 
 
