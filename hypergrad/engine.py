@@ -403,8 +403,7 @@ class Engine:
         if ours != theirs:
             raise ValueError(
                 f"this engine has the problems {sorted(ours)}, the state has {sorted(theirs)}. Build the engine from "
-                f"the same "
-                "problems as the one that was saved."
+                "the same problems as the one that was saved."
             )
         for name, runner in self.runners.items():
             check(runner, state["problems"][name])

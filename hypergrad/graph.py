@@ -128,9 +128,8 @@ class Graph:
             if self.level_of[other] == level and self.problems[other].responds:
                 raise ValueError(
                     f"problems {problem.name!r} and {other!r} are on one level, and the loss of {problem.name!r} "
-                    f"depends on "
-                    f"{other!r}: which responds to which is not defined. Put them on levels of their own, read it as "
-                    f"hg.detach(models.{other}), or give {other!r} detach=True."
+                    f"depends on {other!r}: which responds to which is not defined. Put them on levels of their own, "
+                    f"read it as hg.detach(models.{other}), or give {other!r} detach=True."
                 )
 
     def _validate_starts(self) -> None:
@@ -140,8 +139,7 @@ class Graph:
                     what = "a cycle" if other == name or name in self.reads[other].touched_by_start else "not above it"
                     raise ValueError(
                         f"problem {name!r}: its start depends on {other!r}, which is {what}: a start may depend on "
-                        f"problems "
-                        f"of higher levels only. Read it as hg.detach(models.{other}), or move {other!r} up."
+                        f"problems of higher levels only. Read it as hg.detach(models.{other}), or move {other!r} up."
                     )
             for other in reads.touched_by_start - {name}:
                 if name in self.reads[other].touched_by_start:
@@ -164,8 +162,7 @@ class Graph:
                     above = [p.name for p in self.levels[level + 1]]
                     raise ValueError(
                         f"problem {name!r} is read by no problem above it: the losses of {above} never touch "
-                        f"models.{name}. Read "
-                        f"it there, or leave {name!r} out."
+                        f"models.{name}. Read it there, or leave {name!r} out."
                     )
         if level > 0:
             lower = [p.name for k in range(level) for p in self.levels[k]]
@@ -174,10 +171,8 @@ class Graph:
             if not any(name in self.depends(other) for other in lower):
                 raise ValueError(
                     f"problem {name!r} is on an upper level, but no problem below it ({lower}) depends on "
-                    f"models.{name}: its "
-                    "hypergradient would have no indirect part. Read it in a lower loss, start or hyper, without "
-                    "detaching it, "
-                    "or train it apart."
+                    f"models.{name}: its hypergradient would have no indirect part. Read it in a lower loss, start or "
+                    "hyper, without detaching it, or train it apart."
                 )
 
     def _read_through_others(self, name: str) -> bool:
@@ -210,8 +205,7 @@ class Graph:
         if len(set(counts.values())) > 1 or not set(counts) <= below:
             raise ValueError(
                 f"problem {reader.name!r}: the problems it differentiates through must all have the same number of "
-                f"tasks and be on "
-                f"the level directly below it, got {counts}."
+                f"tasks and be on the level directly below it, got {counts}."
             )
         for other in counts:
             if self.below(other):
@@ -246,8 +240,7 @@ class Graph:
         if not isinstance(method, (ResponseMethod, Reptile)) and chained:
             raise ValueError(
                 f"problem {lower.name!r}: {kind} has no best response, so it cannot be chained, and {reader.name!r} "
-                f"needs one of "
-                f"{read}. Use hg.Implicit, hg.Unrolled or another method with a rule for {lower.name!r}."
+                f"needs one of {read}. Use hg.Implicit, hg.Unrolled or another method with a rule for {lower.name!r}."
             )
         if isinstance(method, Reptile):
             return
@@ -263,10 +256,9 @@ class Graph:
             if not enough:
                 raise ValueError(
                     f"problem {inner!r}: {type(inner_method).__name__} has no differentiable rule, and {lower.name!r} "
-                    f"above it is "
-                    f"itself differentiated by {kind}, which needs one. Use hg.Unrolled or hg.Implicit for {inner!r}, "
-                    f"or "
-                    "Engine(partial_hessian=True), which holds it fixed in curvature and mixed partial."
+                    f"above it is itself differentiated by {kind}, which needs one. Use hg.Unrolled or hg.Implicit "
+                    f"for {inner!r}, or Engine(partial_hessian=True), which holds it fixed in curvature and mixed "
+                    "partial."
                 )
 
     def _validate_start_is_used(self, lower: Problem, method: Method) -> None:
@@ -276,8 +268,7 @@ class Graph:
         if ignored:
             raise ValueError(
                 f"problem {lower.name!r} begins at a function of {sorted(ignored)}, which {type(method).__name__} "
-                f"ignores, and its "
-                "loss does not read them: their hypergradient would be lost. Use hg.Unrolled (truncate=0 is "
-                "first-order MAML) or "
-                "hg.Reptile, or add a proximal term to the loss that reads them (iMAML)."
+                "ignores, and its loss does not read them: their hypergradient would be lost. Use hg.Unrolled "
+                "(truncate=0 is first-order MAML) or hg.Reptile, or add a proximal term to the loss that reads them "
+                "(iMAML)."
             )

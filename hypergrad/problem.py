@@ -157,8 +157,7 @@ class Problem:
         if isinstance(self.data, Mapping) or not isinstance(self.data, Iterable):
             raise ValueError(
                 f"problem {self.name!r}: data must be an iterable of batches, got {type(self.data).__name__}. For one "
-                f"batch "
-                "used at every step, pass [batch]."
+                "batch used at every step, pass [batch]."
             )
         if isinstance(self.data, Iterator):
             raise ValueError(
@@ -172,21 +171,18 @@ class Problem:
         if self.select is not None and self.data is not None:
             raise ValueError(
                 f"problem {self.name!r}: select picks from the batch of the level above, but the problem has data of "
-                f"its own. "
-                "Leave one of them out."
+                "its own. Leave one of them out."
             )
         if self.tasks is not None and self.after in ("continue", "rollback"):
             raise ValueError(
                 f"problem {self.name!r}: the copies of tasks={self.tasks} are discarded after each step of the level "
-                f"above, so "
-                f"after={self.after!r} cannot be honoured. Leave it None."
+                f"above, so after={self.after!r} cannot be honoured. Leave it None."
             )
         if isinstance(self.method, (Unrolled, ForwardUnrolled)) and self.every > 1:
             raise ValueError(
                 f"problem {self.name!r}: every={self.every} lets the upper parameters move on while the run stays, so "
                 f"{type(self.method).__name__} would differentiate a run made with other upper parameters. Use "
-                f"every=1, or "
-                "hg.Implicit."
+                "every=1, or hg.Implicit."
             )
         if isinstance(self.method, (Unrolled, ForwardUnrolled, Reptile)) and self.response is not None:
             raise ValueError(
@@ -200,8 +196,7 @@ class Problem:
         if isinstance(self.method, Unrolled) and self.method.truncate == 0 and self.start is None:
             raise ValueError(
                 f"problem {self.name!r}: Unrolled(truncate=0) differentiates no step, and without start= nothing else "
-                f"depends "
-                "on the level above. Give start= (first-order MAML) or truncate at least one step."
+                "depends on the level above. Give start= (first-order MAML) or truncate at least one step."
             )
 
     @property
@@ -226,8 +221,7 @@ class Problem:
         if foreign:
             raise ValueError(
                 f"problem {self.name!r}: the optimizer holds parameters that are not in the module, of shapes "
-                f"{foreign}. Build "
-                "it from this module's parameters: optimizer(module.parameters(), ...)."
+                f"{foreign}. Build it from this module's parameters: optimizer(module.parameters(), ...)."
             )
         variables = {names[id(p)]: p for p in held if p.requires_grad}
         if not variables:
@@ -265,8 +259,7 @@ def loss_value(loss: ModelLoss | Composite, models: Any, batch: Any, name: str) 
         )
         raise ValueError(
             f"the loss of problem {name!r} must return a scalar floating-point Tensor, or (scalar, dict of metrics), "
-            f"got "
-            f"{found}. Reduce it with .mean() or .sum()."
+            f"got {found}. Reduce it with .mean() or .sum()."
         )
     return value, metrics
 

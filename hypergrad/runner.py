@@ -234,8 +234,7 @@ class Runner:
         if missing:
             raise ValueError(
                 f"problem {self.name!r}: the result of start lacks {missing}; it must be keyed like the module's "
-                f"parameters, "
-                f"{list(self.variables)}."
+                f"parameters, {list(self.variables)}."
             )
         for key, parameter in self.variables.items():
             if values[key].shape != parameter.shape:

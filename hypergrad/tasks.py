@@ -226,7 +226,6 @@ def _check_leading(name: str, content: Any, count: int) -> None:
     for leaf in pytree.tree_leaves(content):
         if isinstance(leaf, Tensor) and (leaf.dim() == 0 or leaf.shape[0] != count):
             raise ValueError(
-                f"problem {name!r}: a tensor in its batch has shape {tuple(leaf.shape)}; with tasks={count} "
-                f"every tensor "
-                f"of a batch must lead with {count}, one slice per task."
+                f"problem {name!r}: a tensor in its batch has shape {tuple(leaf.shape)}; with tasks={count} every "
+                f"tensor of a batch must lead with {count}, one slice per task."
             )

@@ -136,8 +136,7 @@ def advise(m: Measurements) -> Advice:
             0.0,
             None,
             "The response is zero: the upper loss does not depend on the lower solution, or that does not move with "
-            "the upper "
-            "parameters. Every method gives the direct derivative alone; check what the losses read.",
+            "the upper parameters. Every method gives the direct derivative alone; check what the losses read.",
         )
     if m.indefinite:
         return _indefinite(m)
@@ -157,14 +156,12 @@ def _indefinite(m: Measurements) -> Advice:
     steps = cg_steps((m.largest + damping) / (m.smallest + damping), m.rtol, m.size)
     text = (
         f"The lower Hessian has negative curvature, {m.smallest:.3g} against {m.largest:.3g} at the other end: the "
-        f"lower "
-        "solution is no minimum, and CG without damping stops there. "
+        "lower solution is no minimum, and CG without damping stops there. "
     )
     if m.has_run and not m.stationary:
         text += (
             f"Nor is it stationary ({_distance(m)}). Unrolled needs neither: it differentiates the run that was made. "
-            f"For an "
-            f"implicit method add damping of at least {damping:.3g}"
+            f"For an implicit method add damping of at least {damping:.3g}"
         )
         text += _gauss_newton(m) + "."
         return Advice(Unrolled(), 0.0, None, text)
@@ -188,9 +185,9 @@ def _not_stationary(m: Measurements) -> Advice:
             m.configured,
             0.0,
             None,
-            f"The lower solution is not stationary ({_distance(m)}), and implicit derivatives are wrong in proportion. "
-            f"Solve the "
-            "lower problem further, or record a run with hg.descend and differentiate it with Unrolled.",
+            f"The lower solution is not stationary ({_distance(m)}), and implicit derivatives are wrong in "
+            "proportion. Solve the lower problem further, or record a run with hg.descend and differentiate it with "
+            "Unrolled.",
         )
     if m.identity_agrees:
         return Advice(
@@ -198,18 +195,15 @@ def _not_stationary(m: Measurements) -> Advice:
             0.0,
             None,
             f"The lower run stops far from its solution ({_distance(m)}), so short that curvature plays no part: "
-            f"OneStep points "
-            "the way that Unrolled does, at the cost of one product. Its length is that of one step of the run; take "
-            "more lower "
-            "steps if the derivative of the solution is wanted.",
+            "OneStep points the way that Unrolled does, at the cost of one product. Its length is that of one step "
+            "of the run; take more lower steps if the derivative of the solution is wanted.",
         )
     return Advice(
         Unrolled(),
         0.0,
         None,
         f"The lower run is not at its solution ({_distance(m)}), and implicit derivatives are wrong in proportion. "
-        f"Unrolled "
-        "differentiates the run that was made; for an implicit method take more lower steps first.",
+        "Unrolled differentiates the run that was made; for an implicit method take more lower steps first.",
     )
 
 
@@ -220,8 +214,7 @@ def _root(m: Measurements) -> Advice:
         0.0,
         None,
         f"The root's Jacobian is not symmetric; its singular values lie between {m.smallest:.3g} and {m.largest:.3g}. "
-        f"GMRES "
-        f"solves it; {'add damping, it is singular' if m.singular else f'condition number {m.condition:.3g}'}.",
+        f"GMRES solves it; {'add damping, it is singular' if m.singular else f'condition number {m.condition:.3g}'}.",
     )
 
 
@@ -231,12 +224,10 @@ def _ill_conditioned(m: Measurements) -> Advice:
     what = "is singular" if m.singular else f"has condition number {m.condition:.2g}"
     text = (
         f"The lower Hessian {what}: directions of curvature below {damping:.2g} would dominate the response and take "
-        f"CG "
-        f"{'forever' if m.singular else f'about {cg_steps(m.condition, m.rtol, m.size)} steps'}. Damping of "
-        f"{damping:.2g} "
-        f"brings that to {steps}, at a bias that is small along curvature well above it. To remove it instead: a "
-        f"strictly convex "
-        "penalty in the lower loss, or a preconditioner (NystromPreconditioner) with no damping."
+        f"CG {'forever' if m.singular else f'about {cg_steps(m.condition, m.rtol, m.size)} steps'}. Damping of "
+        f"{damping:.2g} brings that to {steps}, at a bias that is small along curvature well above it. To remove it "
+        "instead: a strictly convex penalty in the lower loss, or a preconditioner (NystromPreconditioner) with no "
+        "damping."
     )
     return Advice(Implicit(CG(max_steps=steps, rtol=m.rtol), damping=damping), damping, steps, text)
 
@@ -249,9 +240,8 @@ def _identity(m: Measurements) -> Advice:
         0.0,
         cg_steps(m.condition, m.rtol, m.size),
         f"The lower solution is stationary ({_distance(m)}) and its Hessian is {1 / step_size:.3g} times the identity "
-        f"to within "
-        f"{_percent(error)}: an identity-like method suffices, OneStep(step_size={step_size:.3g}), whose inverse errs "
-        f"by no more "
+        f"to within {_percent(error)}: an identity-like method suffices, OneStep(step_size={step_size:.3g}), whose "
+        "inverse errs by no more "
         f"than that. CG would take {cg_steps(m.condition, m.rtol, m.size)} steps." + _verdict(m),
     )
 
@@ -264,9 +254,8 @@ def _cg(m: Measurements) -> Advice:
         0.0,
         steps,
         f"The lower solution is stationary ({_distance(m)}) and its Hessian positive definite with condition number "
-        f"{least}"
-        f"{m.condition:.3g}: Implicit(CG({steps})) solves to {m.rtol:.0e} within {steps} steps, without damping."
-        + _verdict(m),
+        f"{least}{m.condition:.3g}: Implicit(CG({steps})) solves to {m.rtol:.0e} within {steps} steps, without "
+        "damping." + _verdict(m),
     )
 
 

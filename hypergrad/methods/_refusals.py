@@ -34,8 +34,7 @@ def check_run(method: Method, trajectory: Trajectory, why: str) -> None:
     if not trajectory.steps:
         raise ValueError(
             f"{type(method).__name__} {why}, but this lower solution came from elsewhere (solved or solved_root). "
-            f"Record a "
-            "run with hg.descend(...), or use hg.Implicit, which needs the solution only."
+            "Record a run with hg.descend(...), or use hg.Implicit, which needs the solution only."
         )
 
 
@@ -65,9 +64,8 @@ def check_fixed_point(
     unmoved = sorted(set(recipe.hyper) - {"weight_decay"})
     if unmoved and _depends_on_upper(recipe.hyper_values, unmoved, upper, last.index):
         raise ValueError(
-            f"{name}: the optimizer's {unmoved} as a function of the upper parameters does not move the fixed point of "
-            f"the "
-            "lower level, so its derivative here would be zero. Use hg.Unrolled or hg.ForwardUnrolled."
+            f"{name}: the optimizer's {unmoved} as a function of the upper parameters does not move the fixed point "
+            "of the lower level, so its derivative here would be zero. Use hg.Unrolled or hg.ForwardUnrolled."
         )
     apart = recipe.optimizer.decay(recipe.hyper_values(upper, last.index)).decoupled
     is_decoupled = recipe.optimizer.is_decoupled() or isinstance(apart, Tensor)
@@ -81,10 +79,8 @@ def check_fixed_point(
     if decoupled == "refuse" and is_decoupled:
         raise ValueError(
             f"{name}: the lower optimizer has decoupled weight decay (AdamW), whose fixed point depends on the "
-            f"optimizer's "
-            "preconditioner. Use coupled decay (Adam with weight_decay, or a penalty in the loss), hg.Unrolled, or "
-            "pass "
-            "decoupled='ignore' to leave the decay out."
+            "optimizer's preconditioner. Use coupled decay (Adam with weight_decay, or a penalty in the loss), "
+            "hg.Unrolled, or pass decoupled='ignore' to leave the decay out."
         )
 
 
@@ -111,8 +107,7 @@ def check_initial(method: Method, state: Tensor | None, like: Tensor, *, warm_st
     if state.shape != like.shape:
         raise ValueError(
             f"{type(method).__name__}: state has shape {tuple(state.shape)}, this solve needs {tuple(like.shape)}. "
-            f"Pass the "
-            "h.state of a call on the same lower parameters, or None."
+            "Pass the h.state of a call on the same lower parameters, or None."
         )
 
 

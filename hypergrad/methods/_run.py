@@ -48,8 +48,7 @@ def objective(trajectory: Trajectory, flat: Tensor, upper: Params) -> Tensor:
     if isinstance(sign, Tensor):
         raise ValueError(
             "Penalty: some parameter groups of the lower optimizer maximize and others minimize, so the lower level "
-            "has no "
-            "single objective to penalize. Use hg.Implicit."
+            "has no single objective to penalize. Use hg.Implicit."
         )
     decay = bound.decay(last.recipe.hyper_values(upper, last.index)).coupled
     return sign * value + 0.5 * torch.sum(decay * flat * flat)

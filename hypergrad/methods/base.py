@@ -97,8 +97,7 @@ class ResponseMethod(Method):
         """Return the same cotangent as a differentiable function of `end`, `upper` and `cotangent`."""
         raise ValueError(
             f"{type(self).__name__} has no differentiable rule, which second derivatives through the best response "
-            f"need. "
-            "Use hg.Unrolled or hg.Implicit for that level, or Engine(partial_hessian=True)."
+            "need. Use hg.Unrolled or hg.Implicit for that level, or Engine(partial_hessian=True)."
         )
 
     def total(
@@ -132,8 +131,7 @@ def partials(upper_loss: UpperLoss, trajectory: Trajectory, upper: Params, batch
         if not value.requires_grad:
             raise ValueError(
                 "the upper loss depends neither on the lower nor on the upper parameters it receives: its value "
-                "carries "
-                "no gradient. Compute it from its arguments, without .detach(), .item() or torch.no_grad()."
+                "carries no gradient. Compute it from its arguments, without .detach(), .item() or torch.no_grad()."
             )
         grads: Sequence[Tensor | None] = torch.autograd.grad(value, [flat, *leaves.values()], allow_unused=True)
     cotangent = torch.zeros_like(flat) if grads[0] is None else grads[0]

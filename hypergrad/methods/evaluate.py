@@ -141,8 +141,7 @@ def best_response(traj: Trajectory, upper: Mapping[str, Tensor], *, method: Meth
     if not isinstance(method, ResponseMethod):
         raise ValueError(
             f"{type(method).__name__} has no best response: it yields d(upper loss)/d(upper) only. Use "
-            f"hg.hypergradient, "
-            "or a method with a rule such as hg.Implicit or hg.Unrolled."
+            "hg.hypergradient, or a method with a rule such as hg.Implicit or hg.Unrolled."
         )
     names = tuple(upper)
 

@@ -107,8 +107,7 @@ class Implicit(ResponseMethod):
         if self.warm_start and not self.solver.uses_initial:
             raise ValueError(
                 f"Implicit: warm_start=True has no effect with {type(self.solver).__name__}, which solves from "
-                f"scratch. "
-                "Leave it False, or use hg.CG, hg.MINRES or hg.GMRES."
+                "scratch. Leave it False, or use hg.CG, hg.MINRES or hg.GMRES."
             )
 
     def check_functional(self) -> None:

@@ -59,6 +59,5 @@ class Reptile(Method):
         """Raise a ValueError: a direction is not a hypergradient."""
         raise ValueError(
             "Reptile yields an update direction, not a hypergradient. Use it as the method of a Problem in an "
-            "hg.Engine, or "
-            "hg.Unrolled(truncate=0) (first-order MAML) for a gradient."
+            "hg.Engine, or hg.Unrolled(truncate=0) (first-order MAML) for a gradient."
         )
