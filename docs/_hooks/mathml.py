@@ -19,6 +19,8 @@ def on_page_content(text: str, **_: Any) -> str:
 def _replacement(match: re.Match[str]) -> str:
     source = html.unescape(match["body"]).strip()
     display = source.startswith(r"\[")
-    formula = re.sub(r"\s+", " ", source[2:-2]).strip()
+    formula = re.sub(r"\s+", " ", source[2:-2]).strip().replace(r"\arg\min", r"\operatorname{argmin}")
     mathml = convert(formula, display="block" if display else "inline")
+    if "\\" in mathml:
+        raise ValueError(f"no MathML for a command in {formula!r}; say it in commands that latex2mathml knows.")
     return f'<div class="formula">{mathml}</div>' if display else mathml
