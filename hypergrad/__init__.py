@@ -39,7 +39,8 @@ from hypergrad.solvers import (
     Solution,
     Solver,
 )
-from hypergrad.trajectory import Recording, Trajectory, descend, solved, solved_root
+from hypergrad.step import Recording
+from hypergrad.trajectory import Trajectory, descend, solved, solved_root
 
 __version__ = "0.1.0"
 

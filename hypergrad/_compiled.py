@@ -19,21 +19,10 @@ from torch import Tensor, nn
 from torch._functorch import config as functorch_config
 
 from hypergrad._flat import Layout, Params
-from hypergrad._functional import (
-    Loss,
-    RandomState,
-    Residual,
-    Tape,
-    called_modules,
-    explained_grad,
-    in_transform,
-    named,
-    on_copies,
-    random_state,
-    restore_random_state,
-    scalar,
-    second_order,
-)
+from hypergrad._functional import Loss, Residual, in_transform, scalar
+from hypergrad._random import RandomState, random_state, restore_random_state
+from hypergrad._tape import Tape, explained_grad, named, second_order
+from hypergrad._untouched import called_modules, on_copies
 
 Compile = bool | str
 """Whether to compile: False, True for torch's default backend, or the name of a backend of `torch.compile`."""

@@ -8,15 +8,16 @@ from typing import Any, Literal
 import torch
 
 from hypergrad._flat import Params
-from hypergrad._functional import untouched
+from hypergrad._untouched import untouched
 from hypergrad.composite import Composite
 from hypergrad.methods import SAMA, FiniteDifference, Implicit, Method, OneStep, Penalty
 from hypergrad.methods._refusals import check_fixed_point
 from hypergrad.problem import Problem
 from hypergrad.runner import Runner
 from hypergrad.stationarity import Responding
+from hypergrad.step import Step
 from hypergrad.stepper import check_hyper, needs_closure
-from hypergrad.trajectory import Step, Trajectory
+from hypergrad.trajectory import Trajectory
 
 
 def arrange(problems: Sequence[Problem | Sequence[Problem]]) -> list[list[Problem]]:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from hypergrad._flat import Params
-from hypergrad._functional import RandomState, add, random_state, replaying, restore_random_state
+from hypergrad._random import RandomState, random_state, replaying, restore_random_state
 from hypergrad._result import Result, SolveError
+from hypergrad._tape import add
 from hypergrad.callbacks.base import Callback
 from hypergrad.checks import arrange, check_runner
 from hypergrad.coupling import by_problem, ravel, settle

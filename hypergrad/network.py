@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from hypergrad._flat import Params
-from hypergrad._functional import RunsOnClones
+from hypergrad._untouched import RunsOnClones
 from hypergrad.problem import Problem
 
 Function = Callable[[Any], Any]

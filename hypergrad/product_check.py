@@ -11,16 +11,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from hypergrad._flat import Layout, Params, as_params, check_params
-from hypergrad._functional import (
-    Loss,
-    RandomState,
-    gradient,
-    random_state,
-    replaying,
-    scalar,
-    tape,
-    untouched,
-)
+from hypergrad._functional import Loss, scalar
+from hypergrad._random import RandomState, random_state, replaying
+from hypergrad._tape import gradient, tape
+from hypergrad._untouched import untouched
 from hypergrad.solvers._probes import gaussian
 
 _CULPRITS = (

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hypergrad._flat import Params
-from hypergrad._functional import untouched
+from hypergrad._untouched import untouched
 from hypergrad.network import Function, Network
 from hypergrad.problem import Problem, loss_value
 

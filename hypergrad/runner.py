@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from hypergrad._flat import Layout, Params
-from hypergrad._functional import Loss, RandomState, second_order
+from hypergrad._functional import Loss
+from hypergrad._random import RandomState
+from hypergrad._tape import second_order
 from hypergrad.composite import Composite
 from hypergrad.graph import Graph
 from hypergrad.history import Record
@@ -30,8 +32,9 @@ from hypergrad.optim import Bound, from_torch, read_options, read_state
 from hypergrad.problem import Problem, criterion_value, loss_value, penalty_value
 from hypergrad.snapshot import restore, snapshot
 from hypergrad.source import Source
+from hypergrad.step import Recipe, Recording, Step
 from hypergrad.stepper import Stepper
-from hypergrad.trajectory import Recipe, Recording, Step, Trajectory
+from hypergrad.trajectory import Trajectory
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hypergrad.runner import Nested, Runner
 from hypergrad.source import load_random, save_random
-from hypergrad.trajectory import Step
+from hypergrad.step import Step
 
 
 def save(runner: Runner) -> dict[str, Any]:

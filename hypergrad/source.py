@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hypergrad._functional import RandomState, random_state, restore_random_state
+from hypergrad._random import RandomState, random_state, restore_random_state
 from hypergrad.problem import Problem
 
 _HOST = torch.device("cpu")

@@ -19,16 +19,9 @@ from torch import Tensor
 
 from hypergrad._compiled import Compile, CompiledTape, compiled_gradient
 from hypergrad._flat import Layout, Params
-from hypergrad._functional import (
-    RandomState,
-    Residual,
-    Tape,
-    TapeKind,
-    gradient,
-    replaying,
-    scalar,
-    tape,
-)
+from hypergrad._functional import Residual, scalar
+from hypergrad._random import RandomState, replaying
+from hypergrad._tape import Tape, TapeKind, gradient, tape
 from hypergrad.composite import Composite
 from hypergrad.operators import Function, Operator
 from hypergrad.trajectory import Trajectory

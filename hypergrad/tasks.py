@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from hypergrad._flat import Params
-from hypergrad._functional import add, random_state, restore_random_state
+from hypergrad._random import random_state, restore_random_state
 from hypergrad._result import Result
+from hypergrad._tape import add
 from hypergrad.methods import Reptile, ResponseMethod
 from hypergrad.network import Network, own
 from hypergrad.problem import Problem, loss_value

@@ -8,33 +8,17 @@ methods) and the *step map* that led to it (for unrolled ones). Both are pure fu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-from hypergrad._compiled import Compile, compiled_gradient
 from hypergrad._flat import Layout, Params, as_params, check_params, constant
-from hypergrad._functional import (
-    Loss,
-    RandomState,
-    arity,
-    explained_grad,
-    explained_transform,
-    gradient,
-    in_transform,
-    named,
-    random_state,
-    refuse_once_differentiable,
-    replaying,
-    scalar,
-    second_name,
-    second_order,
-    untouched,
-    vjp,
-)
-from hypergrad.optim import Bound, Optimizer, State, bind, clip_norm, clip_value
+from hypergrad._functional import Loss
+from hypergrad._random import RandomState, random_state
+from hypergrad._untouched import untouched
+from hypergrad.optim import Bound, Optimizer, bind
+from hypergrad.step import HyperFunction, Recipe, Recording, States, Step, take
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer as TorchOptimizer
@@ -42,194 +26,6 @@ if TYPE_CHECKING:
     from hypergrad.optim import FromTorch
 
 Root = Callable[[Params, Params, Any], Params]
-HyperFunction = Callable[..., Any]
-States = tuple[State, ...]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How one lower step is taken, apart from its batch: loss, optimizer and what is applied around it."""
-
-    loss: Loss
-    layout: Layout
-    optimizer: Bound
-    hyper: Mapping[str, HyperFunction] = field(default_factory=dict)
-    clip_norm: float | None = None
-    clip_value: float | None = None
-    project: Callable[[Params], Params] | None = None
-
-    def hyper_values(self, upper: Params, index: int) -> dict[str, Any]:
-        """Return the optimizer's hyperparameters that are functions of `upper`, at step `index` of the run."""
-        return {
-            name: function(upper, index) if takes_step(function) else function(upper)
-            for name, function in self.hyper.items()
-        }
-
-    def update(self, flat: Tensor, grad: Tensor, states: States, upper: Params, index: int) -> tuple[Tensor, States]:
-        """Return parameters and optimizer states after one step along `grad`."""
-        if self.clip_norm is not None:
-            grad = clip_norm(grad, self.clip_norm)
-        if self.clip_value is not None:
-            grad = clip_value(grad, self.clip_value)
-        flat, states = self.optimizer.update(flat, grad, states, self.hyper_values(upper, index))
-        if self.project is not None:
-            projected = self.project(self.layout.unravel(flat))
-            self.layout.check_like(projected, "the result of project")
-            flat = self.layout.ravel(projected)
-        return flat, states
-
-
-@dataclass(frozen=True)
-class Step:
-    """One lower step as it was taken: its batch, its random draws and, unless thinned out, where it began."""
-
-    recipe: Recipe
-    batch: Any
-    index: int
-    random: RandomState | None
-    flat: Tensor | None = None
-    states: States | None = None
-    taped: Tensor | None = None
-    """The gradient with its graph, where `retain` kept it; its leaves are `leaves`."""
-    leaves: tuple[Tensor, Params] | None = None
-
-    def lower_loss(self, flat: Tensor, upper: Params) -> Tensor:
-        """Return the lower loss of this step at `flat`, a scalar."""
-        recipe = self.recipe
-        return scalar(recipe.loss(recipe.layout.unravel(flat), upper, self.batch), "the lower loss")
-
-    def gradient(self, flat: Tensor, upper: Params, *, create_graph: bool = False) -> Tensor:
-        """Return the gradient of the lower loss at `flat`, with this step's random draws."""
-        with replaying(self.random):
-            return gradient(lambda w: self.lower_loss(w, upper), flat, create_graph=create_graph)
-
-    def advance(
-        self, flat: Tensor, states: States, upper: Params, *, create_graph: bool = False
-    ) -> tuple[Tensor, States]:
-        """Return what this step makes of (flat, states): the step map, differentiable with `create_graph`."""
-        grad = self.gradient(flat, upper, create_graph=create_graph)
-        if create_graph:
-            return self.recipe.update(flat, grad, states, upper, self.index)
-        with torch.no_grad():
-            return self.recipe.update(flat, grad, states, upper, self.index)
-
-    def pull(
-        self,
-        flat: Tensor,
-        states: States,
-        upper: Params,
-        cotangents: tuple[Tensor, States],
-        *,
-        compile: Compile = False,
-    ) -> tuple[Tensor, States, Params]:
-        """Return the cotangents of (flat, states, upper) from those of the step's outcome.
-
-        One evaluation of the gradient and one product; where the gradient was taped, the product alone. `compile`
-        compiles both; the optimizer's update stays eager, so that its step count may be a Python number.
-        """
-        if in_transform():
-            return self._pull_by_transform(flat, states, upper, cotangents)
-        bar, state_bars = cotangents
-        tensors = [t.detach().requires_grad_() for t in state_tensors(states)]
-        with torch.enable_grad(), second_order():
-            if self.taped is None or self.leaves is None:
-                leaf, leaves = (
-                    flat.detach().requires_grad_(),
-                    {n: u.detach().requires_grad_() for n, u in upper.items()},
-                )
-                grad = self._taped_gradient(leaf, leaves, compile)
-                refuse_once_differentiable(grad)
-            else:
-                (leaf, leaves), grad = self.leaves, self.taped
-            new, new_states = self.recipe.update(leaf, grad, _with_tensors(states, tensors), leaves, self.index)
-        outcomes = [(new, bar), *zip(state_tensors(new_states), state_tensors(state_bars), strict=True)]
-        outcomes = [(out, out_bar) for out, out_bar in outcomes if out.requires_grad]
-        inputs = [leaf, *tensors, *leaves.values()]
-        pulled = explained_grad(
-            [out for out, _ in outcomes], inputs, [b for _, b in outcomes], retain_graph=self.taped is not None
-        )
-        known = [
-            torch.zeros_like(x) if p is None else p for x, p in zip(inputs[: 1 + len(tensors)], pulled, strict=False)
-        ]
-        return known[0], _with_tensors(states, known[1:]), named(leaves, pulled[1 + len(tensors) :])
-
-    def _taped_gradient(self, flat: Tensor, upper: Params, compile: Compile) -> Tensor:
-        if not compile:
-            return self.gradient(flat, upper, create_graph=True)
-        recipe = self.recipe
-        return compiled_gradient(
-            recipe.loss, flat, upper, [self.batch], layout=recipe.layout, constants={}, compile=compile
-        )
-
-    def linear(self, flat: Tensor, states: States, upper: Params) -> Callable[..., tuple[Tensor, list[Tensor]]]:
-        """Return the step map's derivative: (flat tangent, state tangents, upper tangents) -> those of the outcome.
-
-        Built from two reverse passes: the pullback is linear in its cotangents, and its transpose is the derivative.
-        """
-
-        def step(w: Tensor, s: list[Tensor], u: Params) -> tuple[Tensor, list[Tensor]]:
-            new, new_states = self.advance(w, _with_tensors(states, s), u, create_graph=True)
-            return new, state_tensors(new_states)
-
-        tensors = state_tensors(states)
-        if in_transform():
-            with second_order():
-                outcome, pullback = vjp(step, flat, tensors, upper)
-                zeros = (torch.zeros_like(outcome[0]), [torch.zeros_like(t) for t in outcome[1]])
-                _, push = vjp(lambda bar, bars: pullback((bar, bars)), *zeros)
-            return lambda w_dot, s_dot, u_dot: push((w_dot, s_dot, u_dot))
-        leaf, *rest = [t.detach().requires_grad_() for t in (flat, *tensors, *upper.values())]
-        with torch.enable_grad(), second_order():
-            split = len(tensors)
-            new, new_tensors = step(leaf, rest[:split], dict(zip(upper, rest[split:], strict=True)))
-        refuse_once_differentiable(new)
-        outputs = [new, *new_tensors]
-        live = [k for k, out in enumerate(outputs) if out.requires_grad]
-        bars = [torch.zeros_like(outputs[k]).requires_grad_() for k in live]
-        pulled = explained_grad([outputs[k] for k in live], [leaf, *rest], bars, create_graph=True)
-
-        def push_forward(w_dot: Tensor, s_dot: list[Tensor], u_dot: Params) -> tuple[Tensor, list[Tensor]]:
-            tangents = [w_dot, *s_dot, *u_dot.values()]
-            pairs = [(p, t) for p, t in zip(pulled, tangents, strict=True) if p is not None and p.requires_grad]
-            pushed = explained_grad([p for p, _ in pairs], bars, [t for _, t in pairs])
-            result = [torch.zeros_like(out) for out in outputs]
-            for k, value in zip(live, pushed, strict=True):
-                if value is not None:
-                    result[k] = value
-            return result[0], result[1:]
-
-        return push_forward
-
-    def _pull_by_transform(
-        self, flat: Tensor, states: States, upper: Params, cotangents: tuple[Tensor, States]
-    ) -> tuple[Tensor, States, Params]:
-        bar, state_bars = cotangents
-
-        def step(w: Tensor, s: list[Tensor], u: Params) -> tuple[Tensor, list[Tensor]]:
-            new, new_states = self.advance(w, _with_tensors(states, s), u, create_graph=True)
-            return new, state_tensors(new_states)
-
-        with second_order(), explained_transform():
-            _, pullback = vjp(step, flat, state_tensors(states), upper)
-        flat_bar, tensors_bar, upper_bar = pullback((bar, state_tensors(state_bars)))
-        return flat_bar, _with_tensors(states, tensors_bar), upper_bar
-
-
-@dataclass(frozen=True)
-class Recording:
-    """Which steps of a run keep where they began (`first`, `first + every`, ... and the last), and which their tape."""
-
-    first: int = 0
-    every: int = 1
-    taped_from: int | None = None
-
-    def keeps(self, index: int, num_steps: int) -> bool:
-        """Return whether step `index` of `num_steps` keeps its parameters and optimizer state."""
-        return index == num_steps - 1 or (index >= self.first and (index - self.first) % self.every == 0)
-
-    def tapes(self, index: int) -> bool:
-        """Return whether step `index` keeps the graph of its gradient."""
-        return self.taped_from is not None and index >= self.taped_from
 
 
 @dataclass(frozen=True)
@@ -441,28 +237,6 @@ def descend(
     )
 
 
-def take(
-    step: Step, flat: Tensor, states: States, upper: Params, recording: Recording, num_steps: int
-) -> tuple[Step, Tensor, States]:
-    """Return `step` as recorded, and the parameters and states after it; random draws go on from the generators."""
-    if recording.keeps(step.index, num_steps):
-        step = replace(step, flat=flat, states=states)
-    live = replace(step, random=None)
-    if recording.tapes(step.index) and not in_transform():
-        leaf = flat.detach().requires_grad_()
-        leaves = {name: u.detach().requires_grad_() for name, u in upper.items()}
-        with second_order():
-            taped = live.gradient(leaf, leaves, create_graph=True)
-        step = replace(step, flat=flat, states=states, taped=taped, leaves=(leaf, leaves))
-        with torch.no_grad():
-            flat, states = step.recipe.update(flat, taped.detach(), states, upper, step.index)
-    else:
-        flat, states = live.advance(flat, states, upper)
-    if in_transform():
-        flat, states = constant(flat), _with_tensors(states, [constant(t) for t in state_tensors(states)])
-    return step, flat, states
-
-
 def solved(
     lower_loss: Loss, lower: Mapping[str, Tensor], batch: Any = None, *, response: Loss | None = None
 ) -> Trajectory:
@@ -522,24 +296,6 @@ def _given(
         response=response,
         batch=batch,
         random=random_state(layout.device),
-    )
-
-
-def takes_step(function: HyperFunction) -> bool:
-    """Return whether a hyperparameter's function is to be given the step's index as its second argument."""
-    return arity(function, 1) == 2 or second_name(function) == "step"
-
-
-def state_tensors(states: States) -> list[Tensor]:
-    """Return the tensors of optimizer states in a fixed order."""
-    return [value for state in states for value in state.values() if isinstance(value, Tensor)]
-
-
-def _with_tensors(states: States, tensors: list[Tensor]) -> States:
-    remaining = iter(tensors)
-    return tuple(
-        {key: next(remaining) if isinstance(value, Tensor) else value for key, value in state.items()}
-        for state in states
     )
 
 

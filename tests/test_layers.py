@@ -13,6 +13,9 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS: dict[str, float] = {
     "_flat": 0,
     "_functional": 0,
+    "_random": 0,
+    "_untouched": 0,
+    "_tape": 0,
     "_compiled": 0.1,
     "_result": 0,
     "history": 0,
@@ -24,6 +27,7 @@ LAYERS: dict[str, float] = {
     "optim.bound": 3.1,
     "optim.torch_bridge": 3.2,
     "optim.binding": 3.3,
+    "step": 3.4,
     "trajectory": 3.5,
     "stationarity": 3.6,
     "product_check": 3.7,

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from hypergrad._flat import Params
-from hypergrad._functional import random_state, untouched
+from hypergrad._random import random_state
+from hypergrad._untouched import untouched
 from hypergrad.engine import Engine
 from hypergrad.methods import ResponseMethod, best_response
 from hypergrad.methods.base import UpperLoss
@@ -18,7 +19,8 @@ from hypergrad.network import own
 from hypergrad.optim import Bound, read_state
 from hypergrad.problem import loss_value
 from hypergrad.runner import Nested, Runner
-from hypergrad.trajectory import Recording, Step, Trajectory, take
+from hypergrad.step import Recording, Step, take
+from hypergrad.trajectory import Trajectory
 
 
 @dataclass(frozen=True)

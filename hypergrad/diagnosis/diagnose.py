@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hypergrad._flat import Params, as_params
-from hypergrad._functional import untouched
+from hypergrad._untouched import untouched
 from hypergrad.composite import Composite
 from hypergrad.diagnosis._advice import Measurements, advise, describe
 from hypergrad.diagnosis._comparison import Agreement, Comparison

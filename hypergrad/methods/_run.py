@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from hypergrad._flat import Params
-from hypergrad._functional import add, in_transform, named, replaying, scalar, upper_gradient, vjp
+from hypergrad._functional import in_transform, scalar
+from hypergrad._random import replaying
+from hypergrad._tape import add, named, upper_gradient, vjp
 from hypergrad.methods._refusals import check_run
 from hypergrad.methods.base import Method
 from hypergrad.trajectory import Trajectory

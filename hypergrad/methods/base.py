@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from hypergrad._flat import Params
-from hypergrad._functional import in_transform, named, scalar
+from hypergrad._functional import in_transform, scalar
 from hypergrad._result import Result, Stats
-from hypergrad.trajectory import Recording, Trajectory
+from hypergrad._tape import named
+from hypergrad.step import Recording
+from hypergrad.trajectory import Trajectory
 
 UpperLoss = Callable[[Params, Params, Any], Tensor]
 

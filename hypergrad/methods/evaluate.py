@@ -12,8 +12,10 @@ from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.utils import _pytree as pytree
 
 from hypergrad._flat import Params, as_params, check_params
-from hypergrad._functional import in_transform, untouched, vjp
+from hypergrad._functional import in_transform
 from hypergrad._result import Result, SolveError, Stats
+from hypergrad._tape import vjp
+from hypergrad._untouched import untouched
 from hypergrad.methods._solve import breakdowns_raise
 from hypergrad.methods.base import Method, ResponseMethod, UpperLoss, finite_code
 from hypergrad.trajectory import Trajectory

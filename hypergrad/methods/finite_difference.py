@@ -13,7 +13,8 @@ from hypergrad._result import Stats
 from hypergrad.methods._refusals import check_fixed_point, check_loss, check_number, check_start, refuse_state
 from hypergrad.methods._run import difference_quotient, last_learning_rate
 from hypergrad.methods.base import Pulled, ResponseMethod
-from hypergrad.trajectory import Recording, Trajectory
+from hypergrad.step import Recording
+from hypergrad.trajectory import Trajectory
 
 
 @dataclass(frozen=True)

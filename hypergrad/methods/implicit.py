@@ -17,7 +17,8 @@ from hypergrad.methods.base import Pulled, ResponseMethod
 from hypergrad.operators import Damped
 from hypergrad.solvers import CG, SecondMoment, Solver
 from hypergrad.stationarity import Curvature, linearize
-from hypergrad.trajectory import Recording, Trajectory
+from hypergrad.step import Recording
+from hypergrad.trajectory import Trajectory
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from hypergrad.methods._refusals import check_fixed_point, check_loss, check_num
 from hypergrad.methods._run import last_learning_rate
 from hypergrad.methods.base import Pulled, ResponseMethod
 from hypergrad.stationarity import linearize
-from hypergrad.trajectory import Recording, Trajectory
+from hypergrad.step import Recording
+from hypergrad.trajectory import Trajectory
 
 
 @dataclass(frozen=True)

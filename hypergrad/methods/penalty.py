@@ -11,13 +11,16 @@ import torch
 from torch import Tensor
 
 from hypergrad._flat import Params
-from hypergrad._functional import add, gradient, in_transform, random_state, replaying, scalar, upper_gradient
+from hypergrad._functional import in_transform, scalar
+from hypergrad._random import random_state, replaying
 from hypergrad._result import Stats
+from hypergrad._tape import add, gradient, upper_gradient
 from hypergrad.methods._refusals import check_fixed_point, check_loss, check_number, check_option, refuse_state
 from hypergrad.methods._run import objective
 from hypergrad.methods.base import Method, Total, UpperLoss, partials
 from hypergrad.optim import SGD, Decay, Optimizer
-from hypergrad.trajectory import Recording, Trajectory
+from hypergrad.step import Recording
+from hypergrad.trajectory import Trajectory
 
 
 @dataclass(frozen=True)

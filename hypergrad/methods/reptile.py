@@ -10,7 +10,8 @@ from torch import Tensor
 from hypergrad._flat import Params
 from hypergrad.methods._run import pull_start, run_start
 from hypergrad.methods.base import Method, Total, UpperLoss
-from hypergrad.trajectory import Recording, Trajectory
+from hypergrad.step import Recording
+from hypergrad.trajectory import Trajectory
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from hypergrad._flat import Params
-from hypergrad._functional import in_transform, vjp
+from hypergrad._functional import in_transform
 from hypergrad._result import Stats
+from hypergrad._tape import vjp
 from hypergrad.methods._refusals import (
     check_fixed_point,
     check_loss,
@@ -21,7 +22,8 @@ from hypergrad.methods._refusals import (
 )
 from hypergrad.methods._run import difference_quotient
 from hypergrad.methods.base import Pulled, ResponseMethod
-from hypergrad.trajectory import Recording, Trajectory
+from hypergrad.step import Recording
+from hypergrad.trajectory import Trajectory
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,15 @@ from torch import Tensor
 
 from hypergrad._compiled import COMPILE, Compile, to_compile
 from hypergrad._flat import Params
-from hypergrad._functional import add, in_transform, named, replaying, second_order, upper_gradient, vjp
+from hypergrad._functional import in_transform
+from hypergrad._random import replaying
 from hypergrad._result import Stats
+from hypergrad._tape import add, named, second_order, upper_gradient, vjp
 from hypergrad.methods._refusals import check_option, check_run, refuse_state
 from hypergrad.methods._run import pull_start, run_start
 from hypergrad.methods.base import Pulled, ResponseMethod
-from hypergrad.trajectory import Recording, Trajectory, state_tensors
+from hypergrad.step import Recording, state_tensors
+from hypergrad.trajectory import Trajectory
 
 
 @dataclass(frozen=True)
