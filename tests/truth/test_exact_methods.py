@@ -131,6 +131,28 @@ def test_conditioning(solver: hg.Solver, condition: float, bound: float) -> None
     assert error(p, solved(p), hg.Implicit(solver)) < bound
 
 
+@pytest.mark.parametrize("condition", [1e1, 1e2, 1e4])
+@pytest.mark.parametrize("solver", [hg.Exact(), hg.CG(3000, rtol=1e-14), hg.GMRES(100, rtol=1e-14)], ids=repr)
+def test_finite_differences_of_the_solved_problem(solver: hg.Solver, condition: float) -> None:
+    p = quadratic(20, 3, condition, seed=3)
+    h = hg.hypergradient(p.upper_loss, solved(p), p.upper, method=hg.Implicit(solver))
+
+    def value(name: str, index: int, shift: float) -> float:
+        moved = {key: u.clone() for key, u in p.upper.items()}
+        moved[name].view(-1)[index] += shift
+        return float(p.upper_loss(p.solved_at(moved), moved, None))
+
+    epsilon = 1e-5
+    expected = {
+        name: torch.tensor(
+            [(value(name, i, epsilon) - value(name, i, -epsilon)) / (2 * epsilon) for i in range(u.numel())],
+            dtype=u.dtype,
+        ).view(u.shape)
+        for name, u in p.upper.items()
+    }
+    assert relative_error(h.grad, expected) < 1e-6
+
+
 def test_unrolled_at_condition_100() -> None:
     p = quadratic(10, 5, 100.0, seed=3)
     run = hg.descend(p.lower_loss, p.lower, p.upper, optimizer=hg.optim.SGD(lr=1.0), batches=[None] * 2400)
