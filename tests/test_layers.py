@@ -48,7 +48,14 @@ LAYERS: dict[str, float] = {
     "callbacks": 7.5,
     "diagnosis": 7.7,
     "bench": 8,
+    "bench.protocol": 8,
+    "bench.problems": 8,
+    "bench.surroundings": 8,
+    "bench.claims": 8.1,
+    "bench.claims_report": 8.2,
+    "bench.cli": 8.8,
     "testing": 9,
+    "__main__": 10,
 }
 """Names after `hypergrad.` and their layers, the most specific counts; fractions order the files of one layer."""
 

@@ -1,0 +1,1 @@
+"""Accuracy against cost: problems, contenders, one measurement for all of them, and a report."""
