@@ -82,7 +82,8 @@ class Response:
         peak_bytes: the largest resident size in one call, above that before it.
         num_products: Hessian or Jacobian products as the method counts them; None where it does not.
         num_gradients: evaluations of the lower loss in one call; None where they cannot be counted.
-        gradient: the file with d upper_loss / d upper, in the request's `out`.
+        gradient: the file with d upper_loss / d upper by name, in the request's `out`.
+        note: what a reader of the table should know.
         versions: of what did it.
         offers: the answer to a request without a method.
     """
@@ -96,6 +97,7 @@ class Response:
     num_products: int | None = None
     num_gradients: int | None = None
     gradient: str | None = None
+    note: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     offers: list[Offer] = field(default_factory=list)
 

@@ -1,0 +1,269 @@
+"""The worker's half of the protocol: `serve(contender)` answers requests, each in a process of its own.
+
+Every contender is timed and weighed by this file, whatever library it belongs to. A rival's worker says
+
+    sys.path.append(str(Path(__file__).resolve().parents[3]))  # the folder that holds `bench`
+    from bench.serving import Contender, Outcome, serve
+
+and implements `Contender`. The libraries are imported once; each request is then answered by a fork, so that one
+attempt's memory, its compiled code and its crash are its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import os
+import resource
+import select
+import signal
+import sys
+import time
+import traceback
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .problems.base import Task
+from .problems.catalogue import build
+from .protocol import Offer, Request, Response
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one call of a contender returns.
+
+    Attributes:
+        gradient: d upper_loss / d upper by name.
+        num_products: Hessian or Jacobian products spent, if the library counts them.
+        note: what a reader of the table should know.
+    """
+
+    gradient: dict[str, Tensor]
+    num_products: int | None = None
+    note: str = ""
+
+
+class Contender(ABC):
+    """A library, as the benchmark sees it."""
+
+    @abstractmethod
+    def offers(self, task: Task, size: str) -> list[Offer]:
+        """Return the methods and settings that make sense for a task; a few for the size "quick"."""
+
+    @abstractmethod
+    def prepare(self, task: Task, method: str, settings: dict[str, Any]) -> Callable[[], Outcome]:
+        """Return the function that is timed; whatever a user sets up once is done before it is returned."""
+
+    @abstractmethod
+    def versions(self) -> dict[str, str]:
+        """Return the versions of the libraries that do the work."""
+
+
+def serve(contender: Contender) -> None:
+    """Answer the requests on standard input until it ends.
+
+    A problem is built once for all requests about it that follow each other, single-threaded: a fork after a parallel
+    region may hang. Without `os.fork` (Windows) this does not work.
+    """
+    torch.set_num_threads(1)
+    built: tuple[tuple[str, str, int, str], Task] | None = None
+    for line in sys.stdin:
+        if not line.strip():
+            continue
+        request = Request.decode(line)
+        key = (request.problem, request.size, request.seed, request.dtype)
+        try:
+            if built is None or built[0] != key:
+                built = None
+                dtype = getattr(torch, request.dtype)
+                built = key, build(request.problem, size=request.size, seed=request.seed, dtype=dtype)
+            response = _attempt(contender, built[1], request)
+        except Exception as error:  # a problem that cannot be built is an answer too
+            traceback.print_exc()
+            response = Response(ok=False, error=f"{type(error).__name__}: {error}")
+        print(response.encode(), flush=True)
+
+
+def _attempt(contender: Contender, task: Task, request: Request) -> Response:
+    """Return the answer of a forked process, or what became of it."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        os.dup2(2, 1)  # what a library prints must not end up among the responses
+        _answer_to(writer, contender, task, request)
+    os.close(writer)
+    deadline = time.monotonic() + request.limit
+    text = b""
+    try:
+        while (left := deadline - time.monotonic()) > 0:
+            if not select.select([reader], [], [], left)[0]:
+                break
+            part = os.read(reader, 1 << 16)
+            if not part:
+                break
+            text += part
+        else:
+            left = 0.0
+    finally:
+        os.close(reader)
+    if left <= 0 or not text:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    found = Response.decode(text.decode())
+    if found is not None:
+        return found
+    if deadline - time.monotonic() <= 0:
+        return Response(ok=False, error=f"did not finish within {request.limit:g} s")
+    return Response(ok=False, error=f"the process ended without an answer ({_ending(status)})")
+
+
+def _ending(status: int) -> str:
+    code = os.waitstatus_to_exitcode(status)
+    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+
+
+def _answer_to(writer: int, contender: Contender, task: Task, request: Request) -> None:
+    """Write the answer to a pipe and end the process, without running what the parent registered for its exit."""
+    try:
+        response = answer(contender, task, request)
+    except Exception as error:  # whatever a contender raises is its result
+        traceback.print_exc()
+        response = Response(ok=False, error=f"{type(error).__name__}: {error}", versions=contender.versions())
+    with os.fdopen(writer, "wb") as pipe:
+        pipe.write(response.encode().encode())
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def answer(contender: Contender, task: Task, request: Request) -> Response:
+    """Return the measurement that a request asks for, made in this process."""
+    torch.set_num_threads(request.threads)
+    torch.manual_seed(request.seed)
+    if not request.method:
+        return Response(ok=True, offers=contender.offers(task, request.size), versions=contender.versions())
+    _touch(task)
+    run = contender.prepare(task, request.method, request.settings)
+    began = time.perf_counter()
+    outcome = run()
+    first = time.perf_counter() - began
+    seconds = _repeat(run, first, request)
+    name = "gradient.npz"
+    arrays: dict[str, Any] = {key: g.detach().cpu().double().numpy() for key, g in outcome.gradient.items()}
+    np.savez(Path(request.out) / name, **arrays)
+    compiles = bool(request.settings.get("compile"))
+    return Response(
+        ok=True,
+        seconds=seconds,
+        first_seconds=first,
+        compile_seconds=max(first - float(np.median(seconds)), 0.0) if compiles else None,
+        peak_bytes=_peak_bytes(run) if first < request.budget or compiles else None,
+        num_products=outcome.num_products,
+        num_gradients=None if compiles or first > request.budget else _evaluations(contender, task, request),
+        gradient=name,
+        note=outcome.note,
+        versions=contender.versions(),
+    )
+
+
+def _touch(task: Task) -> None:
+    """Evaluate both losses' gradients once, so that nobody pays for what PyTorch loads at first use."""
+    batch = task.lower_batches[0]
+    for loss, at in ((task.lower_loss, batch), (task.upper_loss, task.upper_batch)):
+        lower = {name: w.detach().clone().requires_grad_() for name, w in task.lower.items()}
+        if task.kind == "tasks":
+            at = _first(at)
+        value = loss(lower, task.upper, at)
+        torch.autograd.grad(value, list(lower.values()), allow_unused=True)
+
+
+def _first(batch: Any) -> Any:
+    """Return the first task's part of a batch whose tensors lead with the number of tasks."""
+    return torch.utils._pytree.tree_map(lambda leaf: leaf[0] if isinstance(leaf, Tensor) else leaf, batch)
+
+
+def _repeat(run: Callable[[], Outcome], first: float, request: Request) -> list[float]:
+    """Return the seconds of each repeat; of the first call alone where one call exceeds the budget."""
+    if first > request.budget and not request.settings.get("compile"):
+        return [first]
+    began = time.perf_counter()
+    for _ in range(request.warmup):
+        run()
+    seconds: list[float] = []
+    while len(seconds) < request.repeats:
+        start = time.perf_counter()
+        run()
+        now = time.perf_counter()
+        seconds.append(now - start)
+        if now - began > request.budget:
+            break
+    return seconds
+
+
+def _peak_bytes(run: Callable[[], Outcome]) -> int:
+    """Return by how much one more call raises the resident size, at its peak."""
+    gc.collect()
+    _trim()
+    before, reset = _resident()
+    run()
+    return max((_high_water() if reset else _max_resident()) - before, 0)
+
+
+def _trim() -> None:
+    """Give freed memory back to the system, where the C library can, so that it is not taken for used."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def _resident() -> tuple[int, bool]:
+    """Return the resident size in bytes with the high-water mark reset to it; where it cannot be reset, the mark."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        return _status("VmRSS"), True
+    except OSError:
+        return _max_resident(), False
+
+
+def _high_water() -> int:
+    return _status("VmHWM")
+
+
+def _status(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {key}")
+
+
+def _max_resident() -> int:
+    """Return the process's largest resident size so far: kilobytes on Linux, bytes on macOS."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _evaluations(contender: Contender, task: Task, request: Request) -> int:
+    """Return how often one call evaluates the lower loss; under vmap all tasks count as one evaluation."""
+    count = 0
+
+    def counted(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def evaluate(*arguments: Any) -> Tensor:
+            nonlocal count
+            count += 1
+            return loss(*arguments)
+
+        return evaluate
+
+    outputs = None if task.outputs is None else counted(task.outputs)
+    contender.prepare(
+        replace(task, lower_loss=counted(task.lower_loss), outputs=outputs), request.method, request.settings
+    )()
+    return count
