@@ -60,10 +60,15 @@ class Layout:
         return sum(self.sizes)
 
     def ravel(self, params: Mapping[str, Tensor]) -> Tensor:
-        """Return the entries of `params` as one vector of shape (size,)."""
+        """Return the entries of `params` as one vector of shape (size,), which may share their memory."""
         if len(self.names) == 1:
             return params[self.names[0]].reshape(-1).to(self.dtype)
         return torch.cat([params[name].reshape(-1).to(self.dtype) for name in self.names])
+
+    def record(self, params: Mapping[str, Tensor]) -> Tensor:
+        """Return the same, detached, in memory of its own: it stays when `params` are changed in place."""
+        flat = self.ravel({name: params[name].detach() for name in self.names})
+        return flat.clone() if len(self.names) == 1 else flat
 
     def unravel(self, vector: Tensor) -> Params:
         """Return views of `vector`, shape (size,), named and shaped as the parameters."""

@@ -40,7 +40,8 @@ class Engine:
     """Trains a graph of problems: each level on its own loss, upper levels by hypergradients through the lower ones.
 
     One step of the engine is one step of the top level. Before it, each level below runs its `steps`; a level in the
-    middle does the same to the level below it at each of its own steps. The gradient of a problem is its partial
+    middle does the same to the level below it at each of its own steps; a level that is read past the one between runs
+    once more after the last of these. The gradient of a problem is its partial
     derivative plus what the lower problems' methods pull back, from the lowest level up.
 
     Args:
@@ -98,6 +99,7 @@ class Engine:
         self.runners = {name: Runner(p, self.graph, self.network) for name, p in self.graph.problems.items()}
         self.num_steps = 0
         self._lower: dict[str, list[Runner]] = {}
+        self._past: dict[str, set[str]] = {}
         self._batches: dict[str, Any] = {}
         self._chunks: dict[str, int] = {}
         self.graph.validate_top()
@@ -110,6 +112,7 @@ class Engine:
             runner.prepare()
         for name in self.runners:
             self._lower[name] = [self.runners[other] for other in self.graph.reaching(name)]
+            self._past[name] = self.graph.overtaken(name)
         for name, runner in self.runners.items():
             check_runner(runner, self._upper(self.graph.depends(name)))
         if product_check:
@@ -187,21 +190,31 @@ class Engine:
         for problem in problems:
             self._batches.pop(problem.name, None)
             self.runners[problem.name].index = index
-        if level > 0:
-            self._run_level(level - 1, record)
+        overtaken = self._overtaken(problems)
+        if level > 0 and self._run_level(level - 1, self.graph.levels[level - 1], record):
+            for passed, left_behind in overtaken.items():
+                self._run_level(passed, left_behind, record)
         gradients = [self._gradient(self.runners[p.name], record) for p in problems]
         for gradient in gradients:
             self._apply(gradient, record)
         if level > 0:
             taken = self._steps_above(level - 1)
-            for problem in self.graph.levels[level - 1]:
-                if taken % problem.every == 0:
-                    self.runners[problem.name].end_window()
+            ended = [p for p in self.graph.levels[level - 1] if taken % p.every == 0]
+            if len(ended) == len(self.graph.levels[level - 1]):
+                ended += [p for left_behind in overtaken.values() for p in left_behind]
+            for problem in ended:
+                self.runners[problem.name].end_window()
 
-    def _run_level(self, level: int, record: Record) -> None:
-        """Run the own steps of the problems on `level` that are due before the next step of the level above."""
+    def _overtaken(self, problems: Sequence[Problem]) -> dict[int, list[Problem]]:
+        """Return, by level from the highest, whom steps of the level below `problems` leave behind what these read."""
+        names = {name for problem in problems for name in self._past[problem.name]}
+        levels = sorted({self.graph.level_of[name] for name in names}, reverse=True)
+        return {level: [p for p in self.graph.levels[level] if p.name in names] for level in levels}
+
+    def _run_level(self, level: int, problems: Sequence[Problem], record: Record) -> bool:
+        """Run the own steps of those of `problems`, on `level`, that are due; return whether there were any."""
         taken = self._steps_above(level)
-        due = [p for p in self.graph.levels[level] if p.tasks is None and taken % p.every == 0]
+        due = [p for p in problems if p.tasks is None and taken % p.every == 0]
         for problem in due:
             self.runners[problem.name].begin_window()
         if level == 0:  # nothing below: one problem after the other, so that one may begin where another ended
@@ -215,6 +228,7 @@ class Engine:
             if isinstance(problem.method, Implicit) and problem.method.fresh:
                 runner = self.runners[problem.name]
                 runner.fresh = [self._draw(runner, 0) for _ in range(problem.method.batches)]
+        return bool(due)
 
     def _steps_above(self, level: int) -> int:
         return max(self.runners[p.name].num_steps for p in self.graph.levels[level + 1])
@@ -253,7 +267,10 @@ class Engine:
         lower = self._lower[runner.name]
         if any(r.problem.tasks is not None for r in lower):
             return self._task_gradient(runner, batch, record)
-        trajectories = {r.name: r.trajectory() for r in lower}
+        trajectories: dict[str, Trajectory] = {}
+        for r in lower:
+            past = {name: trajectories[name] for name in self._past[runner.name] if name in trajectories}
+            trajectories[r.name] = r.trajectory(past)
         random = random_state(runner.layout.device) if lower or runner.records_next() else None
         runner.record(batch, random, {name: trajectories[name] for name in runner.nested if name in trajectories})
         read = [r for r in lower if r.name in runner.nested]

@@ -93,6 +93,24 @@ class Graph:
         relevant = {*self.reaching(top), top}
         return [other for other in self.depends(name) if other in relevant]
 
+    def overtaken(self, name: str) -> set[str]:
+        """Return the problems below `name` that it reads past a level between which moves them.
+
+        Each own step of that level leaves their last run behind, so they run once more before a step of `name`, and
+        with them those in between that were left behind in turn.
+        """
+        level = self.level_of[name]
+        found, queue = set[str](), self.below(name)
+        while queue:
+            present = queue.pop()
+            between = [
+                other for other in self.depends(present) if self.level_of[present] < self.level_of[other] < level
+            ]
+            if between and present not in found:
+                found |= set(self.coupled(present))
+                queue += between
+        return found
+
     def validate(self) -> None:
         """Raise a ValueError, naming the problems, for a graph that has no exact meaning."""
         for problem in self.problems.values():

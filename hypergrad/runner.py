@@ -201,7 +201,8 @@ class Runner:
     # --- a window of own steps ---------------------------------------------------------------------------------------
 
     def begin_window(self) -> None:
-        """Forget the last window; begin anew where asked."""
+        """End the last window, forget it and begin anew where asked."""
+        self.end_window()
         self.window, self.records, self.window_size, self.fresh = [], [], 0, []
         self.began_at_start = False
         self.batches.clear()
@@ -269,7 +270,7 @@ class Runner:
             batch=Nested(batch, records) if records else batch,
             index=self.window_size,
             random=random,
-            flat=bound.layout.ravel({key: p.detach() for key, p in self.used.items()}).clone() if keeps else None,
+            flat=bound.layout.record(self.used) if keeps else None,
             states=read_state(self.problem.optimizer, bound, self.used) if keeps and not self.opaque else None,
         )
         self.window.append(step)
@@ -401,10 +402,22 @@ class Runner:
         projected = self.problem.project(params | rest)
         return {key: projected[key] for key in params}
 
-    def trajectory(self) -> Trajectory:
-        """Return the record of the last window."""
-        end = self.layout.ravel({key: p.detach() for key, p in self.used.items()})
+    def trajectory(self, below: Mapping[str, Trajectory] | None = None) -> Trajectory:
+        """Return the record of the last window.
+
+        Args:
+            below: records of lower levels that have run since, at this problem's present values. Methods that look at
+                the end of the window alone see these; those that go through its steps see what these saw.
+        """
+        end = self.layout.record(self.used)
         window = self.window
+        if below and _steps_read(self.problem.method) is not None:
+            window = [
+                replace(step, batch=Nested(step.batch.batch, {**step.batch.records, **below}))
+                if isinstance(step.batch, Nested)
+                else step
+                for step in window
+            ]
         if self.fresh and window:
             last = window[-1]
             drawn = [Nested(b, last.batch.records) if isinstance(last.batch, Nested) else b for b in self.fresh]

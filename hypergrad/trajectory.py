@@ -218,7 +218,7 @@ def descend(
     recording = recording or Recording()
     steps: list[Step] = []
     with untouched(layout.device):
-        flat = constant(layout.ravel(begun))
+        flat = constant(layout.record(begun))
         states = bound_optimizer.init(flat) if state is None else _continued(state, bound_optimizer, flat)
         for index, batch in enumerate(batches):
             step = Step(recipe, batch, index, random_state(layout.device))
@@ -289,7 +289,7 @@ def _given(
     layout = Layout.of(as_params(lower))
     return Trajectory(
         layout=layout,
-        end_flat=constant(layout.ravel(as_params(lower))),
+        end_flat=constant(layout.record(as_params(lower))),
         names=tuple(lower),
         loss=loss,
         root=root,

@@ -654,3 +654,31 @@ def test_transforms_that_refuse_a_loss_name_the_way_out() -> None:
     slope(upper["u"])
     with pytest.raises(ValueError, match="cannot run inside torch.func transforms.*Outside transforms"):
         torch.func.vmap(slope)(upper["u"][None])
+
+
+@pytest.mark.parametrize("names", [["w"], ["w", "z"]], ids=["one tensor", "two tensors"])
+@pytest.mark.parametrize("method", [hg.Unrolled(), hg.Implicit(hg.Exact())], ids=["unrolled", "implicit"])
+def test_a_record_stays_when_the_callers_tensors_change_in_place(names: list[str], method: hg.Method) -> None:
+    """As users do who copy `traj.end` into their module before they ask for the hypergradient."""
+
+    def lower_loss(lower: Any, upper: Any, batch: Any) -> torch.Tensor:
+        return sum(torch.cosh(lower[n] - upper["c"]).sum() for n in names)
+
+    def upper_loss(lower: Any, upper: Any, batch: Any) -> torch.Tensor:
+        return sum((lower[n] ** 2).sum() for n in names)
+
+    upper = {"c": torch.tensor([0.3, -0.7], dtype=torch.float64)}
+    found = []
+    for changed in (False, True):
+        lower = {n: torch.zeros(2, dtype=torch.float64) for n in names}
+        runs = [
+            hg.descend(lower_loss, lower, upper, optimizer=hg.optim.SGD(lr=0.3), batches=[None] * 3),
+            hg.solved(lower_loss, lower),
+        ]
+        for traj in runs[: 1 if isinstance(method, hg.Unrolled) else 2]:
+            for tensor in lower.values():
+                tensor.add_(5.0 if changed else 0.0)
+            found.append(hg.hypergradient(upper_loss, traj, upper, method=method).grad["c"])
+    half = len(found) // 2
+    for kept, expected in zip(found[half:], found[:half], strict=True):
+        assert torch.equal(kept, expected)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_cases import EXACT, Vec, draw, engine, error, problem, spd
+from engine_cases import EXACT, Vec, draw, engine, error, finite_difference, problem, spd
 from torch import Tensor
 
 import hypergrad as hg
@@ -122,35 +122,134 @@ def test_sama_in_the_middle_runs_the_level_below_again() -> None:
     assert error(t.v.grad, s.v.grad) < 1e-6
 
 
-def test_unrolled_through_two_levels_equals_finite_differences_of_the_program() -> None:
-    """Both lower levels begin anew each time, so the whole program is a function of the top level's variables."""
+def program_error(build: Any, top: str) -> float:
+    """Return the error of an engine's hypergradient against central differences of the loss that the program reports.
+
+    `build(value)` returns the top's module, its variables at `value` unless that is None, and an engine whose lower
+    levels begin anew each time: so one step is a function of the top's variables.
+    """
+    module, run = build(None)
+    at = module.v.detach().clone()
+    run.step()
+    expected = finite_difference(lambda value: build(value.clone())[1].step().read(f"{top}.loss"), at, epsilon=1e-5)
+    return error(module.v.grad, expected)
+
+
+@pytest.mark.parametrize("direct", [False, True], ids=["through the middle", "past the middle too"])
+@pytest.mark.parametrize(("method", "steps"), [(hg.Unrolled(), 2), (EXACT, 24)], ids=["unrolled", "implicit"])
+def test_an_unsettled_chain_equals_finite_differences_of_the_program(
+    method: hg.Method, steps: int, direct: bool
+) -> None:
+    def loss_low(m: Any, _: Any) -> Tensor:
+        """Return a loss whose solution is curved in b, so that every own step of b has its own response."""
+        return 0.5 * m.a.v @ A1 @ m.a.v - m.a.v @ torch.tanh(B @ m.b.v + D @ m.t.v)
 
     def loss_top(m: Any, _: Any) -> Tensor:
-        return 0.5 * ((m.b.v - TARGET) ** 2).sum() + 0.05 * (m.t.v**2).sum()
+        past = 0.5 * (m.a.v**2).sum() if direct else 0.0
+        return 0.5 * ((m.b.v - TARGET) ** 2).sum() + past + 0.05 * (m.t.v**2).sum()
 
-    def build(value: Tensor | None = None) -> Any:
+    def build(value: Tensor | None) -> Any:
         a, b, t = Vec(N, 1), Vec(N, 2), Vec(N, 3)
-        if value is not None:
-            t.v.data = value
+        t.v.data = t.v.data if value is None else value
         run = engine(
-            problem("a", a, loss_a, steps=2, method=hg.Unrolled(), after="restart"),
-            problem("b", b, loss_b, steps=3, method=hg.Unrolled(), after="restart"),
+            problem("a", a, loss_low, steps=steps, method=method, after="restart"),
+            problem("b", b, loss_b, lr=0.3, steps=3, method=hg.Unrolled(), after="restart"),
             problem("t", t, loss_top, lr=1e-12),
         )
         return t, run
 
-    t, run = build()
-    at = t.v.detach().clone()
+    assert program_error(build, "t") < 1e-7
+
+
+def test_an_unsettled_diamond_equals_finite_differences_of_the_program() -> None:
+    def build(value: Tensor | None) -> Any:
+        a, b, c, t = (Vec(N, k) for k in range(1, 5))
+        t.v.data = t.v.data if value is None else value
+        unrolled: dict[str, Any] = {"method": hg.Unrolled(), "after": "restart"}
+        run = engine(
+            problem(
+                "a",
+                a,
+                lambda m, _: 0.5 * m.a.v @ A1 @ m.a.v - m.a.v @ (B @ m.b.v + C @ m.c.v + D @ m.t.v),
+                steps=3,
+                **unrolled,
+            ),
+            [
+                problem(
+                    "b", b, lambda m, _: 0.5 * m.b.v @ A2 @ m.b.v - m.b.v @ (D @ m.t.v), steps=2, lr=0.3, **unrolled
+                ),
+                problem(
+                    "c", c, lambda m, _: 0.5 * m.c.v @ A3 @ m.c.v - m.c.v @ (E @ m.t.v), steps=4, lr=0.3, **unrolled
+                ),
+            ],
+            problem("t", t, lambda m, _: 0.5 * ((m.a.v - TARGET) ** 2).sum() + (m.b.v * m.c.v).sum(), lr=1e-12),
+        )
+        return t, run
+
+    assert program_error(build, "t") < 1e-7
+
+
+@pytest.mark.parametrize("seen", ["", "a", "b", "ab"])
+def test_four_unsettled_levels_equal_finite_differences_of_the_program(seen: str) -> None:
+    """The top reads the third level and, past it, the first or the second, which the third has left behind."""
+
+    def loss_d(m: Any, _: Any) -> Tensor:
+        past = sum(0.5 * ((getattr(m, name).v + 0.3) ** 2).sum() for name in seen)
+        return 0.5 * ((m.c.v - TARGET) ** 2).sum() + past + 0.05 * (m.d.v**2).sum()
+
+    def build(value: Tensor | None) -> Any:
+        a, b, c, d = (Vec(N, k) for k in range(1, 5))
+        d.v.data = d.v.data if value is None else value
+        unrolled: dict[str, Any] = {"method": hg.Unrolled(), "after": "restart", "lr": 0.4}
+        run = engine(
+            problem("a", a, lambda m, _: 0.5 * m.a.v @ A1 @ m.a.v - m.a.v @ (B @ m.b.v), steps=2, **unrolled),
+            problem(
+                "b",
+                b,
+                lambda m, _: 0.5 * m.b.v @ A2 @ m.b.v - m.b.v @ torch.tanh(C @ m.c.v) + 0.2 * (m.a.v**2).sum(),
+                steps=2,
+                **unrolled,
+            ),
+            problem(
+                "c",
+                c,
+                lambda m, _: 0.5 * m.c.v @ A3 @ m.c.v - m.c.v @ m.d.v + 0.2 * (m.b.v**2).sum(),
+                steps=2,
+                **unrolled,
+            ),
+            problem("d", d, loss_d, lr=1e-12),
+        )
+        return d, run
+
+    assert program_error(build, "d") < 1e-7
+
+
+def test_a_level_read_past_the_middle_runs_once_more_and_rolls_back_afterwards() -> None:
+    seen: dict[str, list[Tensor]] = {"a": [], "t": []}
+
+    def loss_low(m: Any, batch: Any) -> Tensor:
+        seen["a"].append(m.b.v.detach().clone())
+        return loss_a(m, batch)
+
+    def loss_top(m: Any, batch: Any) -> Tensor:
+        seen["t"].append(m.a.v.detach().clone())
+        return loss_t(m, batch)
+
+    a, b, t = Vec(N, 1), Vec(N, 2), Vec(N, 3)
+    run = engine(
+        problem("a", a, loss_low, steps=24, method=EXACT, after="rollback"),
+        problem("b", b, loss_b, lr=0.3, steps=2, method=EXACT),
+        problem("t", t, loss_top, lr=1e-12),
+    )
+    begun = a.v.detach().clone()
+    for calls in seen.values():
+        calls.clear()  # what the build has called
     run.step()
-    epsilon, expected = 1e-5, torch.zeros(N, dtype=torch.float64)
-    for k in range(N):
-        values = []
-        for sign in (1, -1):
-            moved = at.clone()
-            moved[k] += sign * epsilon
-            values.append(build(moved)[1].step().read("t.loss"))
-        expected[k] = (values[0] - values[1]) / (2 * epsilon)
-    assert error(t.v.grad, expected) < 1e-7
+    runs = torch.stack(seen["a"]).unique_consecutive(dim=0)
+    assert len(runs) == 3, "before each of the two own steps of b, and once more after the last"
+    assert torch.equal(runs[-1], b.v.detach())
+    assert error(seen["t"][0], a_star(b.v.detach(), t.v.detach())) < 1e-8
+    assert torch.equal(a.v.detach(), begun)
 
 
 def test_four_levels_equal_the_closed_form() -> None:
