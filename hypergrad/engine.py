@@ -3,37 +3,35 @@
 from __future__ import annotations
 
 import copy
-import warnings
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from pathlib import Path
+from time import perf_counter
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from hypergrad._flat import Params
 from hypergrad._random import RandomState, random_state, replaying, restore_random_state
-from hypergrad._result import Result, SolveError
 from hypergrad._tape import add
 from hypergrad.callbacks.base import Callback
 from hypergrad.checks import arrange, check_runner
 from hypergrad.coupling import by_problem, ravel, settle
+from hypergrad.faults import Faults, Gradient, OnBreakdown, OnNonfinite
 from hypergrad.graph import Graph
 from hypergrad.history import History, Record
+from hypergrad.loop import named, run
 from hypergrad.methods import Implicit, Pulled, Reptile, ResponseMethod
-from hypergrad.methods.base import finite_code
 from hypergrad.network import Network, own
 from hypergrad.problem import Problem, loss_value
 from hypergrad.product_check import check_product
 from hypergrad.reads import Reads, dry_reads
 from hypergrad.runner import Runner
-from hypergrad.saving import check, load, save
-from hypergrad.source import load_random, save_random
+from hypergrad.saving import load_all, save_all
+from hypergrad.source import DataError
 from hypergrad.tasks import first_task, run_tasks
 from hypergrad.trajectory import Trajectory
-
-OnBreakdown = Literal["raise", "warn", "skip"]
 
 
 class Engine:
@@ -49,6 +47,10 @@ class Engine:
         on_breakdown: what to do when a hypergradient cannot be trusted (negative curvature, divergence, non-finite
             values): "raise" a `SolveError` that names the problem, "warn" and step with what there is, or "skip" that
             step.
+        on_nonfinite: the same for a loss, hypergradient or residual that is NaN or infinite, at any level: "raise" an
+            error that names level, step and tensor; "skip" that step of that problem; "rollback" every level to where
+            the present step of the top level began, and take it again with the batches and draws that follow, at most
+            four times in a row (one copy of parameters and optimizer states a step). None does as `on_breakdown` says.
         partial_hessian: allow levels with levels below whose rule cannot be differentiated, by holding the lower ones
             fixed in curvature and mixed partial. It biases the hypergradient.
         product_check: at build, compare one Hessian product with a finite difference for each problem whose method
@@ -87,17 +89,23 @@ class Engine:
         problems: Sequence[Problem | Sequence[Problem]],
         *,
         on_breakdown: OnBreakdown = "raise",
+        on_nonfinite: OnNonfinite | None = None,
         partial_hessian: bool = False,
         product_check: bool = True,
     ) -> None:
         """Infer the graph by one dry call of each loss, and check it."""
-        if on_breakdown not in ("raise", "warn", "skip"):
-            raise ValueError(f"Engine: on_breakdown must be 'raise', 'warn' or 'skip', got {on_breakdown!r}.")
-        self.on_breakdown: OnBreakdown = on_breakdown
+        self.faults = Faults(on_breakdown, on_nonfinite)
         self.graph = Graph(arrange(problems), partial_hessian=partial_hessian)
         self.network = Network(list(self.graph.problems.values()))
         self.runners = {name: Runner(p, self.graph, self.network) for name, p in self.graph.problems.items()}
         self.num_steps = 0
+        self.is_between_steps = True
+        """Whether the last step was completed."""
+        self.seconds: dict[str, float] = defaultdict(float)
+        """Host time by phase: "data", and for each problem its loss, its response and its optimizer's steps."""
+        self.listeners: Sequence[Callback] = ()
+        self.listening: Mapping[str, Any] = {}
+        """States of the callbacks, for the next run."""
         self._lower: dict[str, list[Runner]] = {}
         self._past: dict[str, set[str]] = {}
         self._batches: dict[str, Any] = {}
@@ -121,38 +129,40 @@ class Engine:
 
     # --- the public loop ---------------------------------------------------------------------------------------------
 
-    def run(self, num_steps: int, *, callbacks: Iterable[Callback] = ()) -> History:
+    def run(self, num_steps: int, *, callbacks: Iterable[Callback] = (), resume: str | Path | None = None) -> History:
         """Return the history of `num_steps` steps of the top level.
 
         Args:
             num_steps: how many, >= 1.
             callbacks: told about each step; they read the engine and may ask it to stop.
+            resume: a folder of checkpoints, as `callbacks.Checkpoint` writes them. The run goes on from the newest
+                intact one, or begins where there is none; `num_steps` then counts all steps since the engine was built,
+                so that the same script started again goes on to the same end.
+
+        Raises:
+            ValueError: for a number of steps below 1, and what the callbacks raise.
+            SolveError: as `on_breakdown` and `on_nonfinite` say.
+            DataError: if a problem's data raises; what it raised is chained.
         """
-        if not isinstance(num_steps, int) or num_steps < 1:
-            raise ValueError(f"Engine.run: num_steps must be an int >= 1, got {num_steps!r}.")
-        listeners = list(callbacks)
-        history = History()
-        for listener in listeners:
-            listener.on_start(self, num_steps)
-        try:
-            for _ in range(num_steps):
-                record = self.step()
-                history.append(record)
-                for listener in listeners:
-                    listener.on_step(self, record)
-                if any(listener.should_stop for listener in listeners):
-                    break
-        finally:
-            for listener in listeners:
-                listener.on_end(self, history)
-        return history
+        return run(self, num_steps, callbacks, resume)
 
     def step(self) -> Record:
         """Return the record of one step of the top level, all levels below having run as they are due."""
+        self.is_between_steps, self.faults.step = False, self.num_steps
+        record = self.faults.attempt(self._step, self.runners)
+        self.num_steps += 1
+        self.is_between_steps = True
+        return record
+
+    def _step(self) -> Record:
         record = Record(step=self.num_steps)
         self._step_level(len(self.graph.levels) - 1, self.graph.levels[-1], 0, record)
-        self.num_steps += 1
         return record
+
+    @property
+    def names(self) -> list[list[str]]:
+        """The problems' names by level, lowest first."""
+        return [[problem.name for problem in level] for level in self.graph.levels]
 
     def _upper(self, names: Iterable[str]) -> Params:
         """Return the present variables of these problems."""
@@ -238,7 +248,14 @@ class Engine:
     def _draw(self, runner: Runner, index: int) -> Any:
         """Return the batch of the problem's own step `index`: from its data, or its part of the level above's batch."""
         if runner.source is not None:
-            return runner.source.next()
+            began = perf_counter()
+            try:
+                return runner.source.next()
+            except DataError as error:
+                level = self.graph.level_of[runner.name]
+                raise DataError(f"{error} (level {level}, own step {index} of step {self.num_steps})") from error
+            finally:
+                self.seconds["data"] += perf_counter() - began
         return runner.problem.select_from(self._batch(self.parent(runner.problem)), index)
 
     def _batch(self, runner: Runner) -> Any:
@@ -274,9 +291,12 @@ class Engine:
         random = random_state(runner.layout.device) if lower or runner.records_next() else None
         runner.record(batch, random, {name: trajectories[name] for name in runner.nested if name in trajectories})
         read = [r for r in lower if r.name in runner.nested]
+        began = perf_counter()
         value, partials = runner.partials(batch, read, record)
+        self.seconds[f"{runner.name}.loss"] += perf_counter() - began
         grad = partials.pop(runner.name)
         codes: list[Tensor] = []
+        residuals: dict[str, Tensor] = {}
         after = random_state(runner.layout.device) if lower else None
         done: set[str] = set()
         for r in lower:  # lowest first: what it pulls back adds to the cotangents of the levels between
@@ -289,7 +309,9 @@ class Engine:
             if len(group) > 1:
                 cotangents = settle(group, cotangents, pull)
             for member in group:
+                began = perf_counter()
                 pulled = pull(member, cotangents[member.name])
+                self.seconds[f"{member.name}.response"] += perf_counter() - began
                 if not isinstance(member.problem.method, ResponseMethod):
                     grad = {}  # such a method returns the direct term as well
                 for target, part in by_problem(pulled.grad).items():
@@ -299,9 +321,11 @@ class Engine:
                         partials[target] = add(partials.get(target, {}), part)
                 if pulled.result is not None:
                     codes.append(pulled.result)
+                if "residual_norm" in pulled.stats:
+                    residuals[member.name] = pulled.stats["residual_norm"]
         if lower:
             restore_random_state(after)
-        return Gradient(runner, value, grad, codes, batch, bool(lower))
+        return Gradient(runner, value, grad, codes, batch, bool(lower), residuals)
 
     def _task_gradient(self, runner: Runner, batch: Any, record: Record) -> Gradient:
         """Return the gradient averaged over the tasks of the level below."""
@@ -317,7 +341,7 @@ class Engine:
         for key, metric in outcome["metrics"].items():
             record.put(runner.name, key, metric)
         grad = by_problem(outcome["grad"]).get(runner.name, {})
-        return Gradient(runner, outcome["value"], grad, [outcome["code"]], batch, True)
+        return Gradient(runner, outcome["value"], grad, [outcome["code"]], batch, True, {})
 
     def _pull(
         self,
@@ -363,28 +387,12 @@ class Engine:
     def _apply(self, gradient: Gradient, record: Record) -> None:
         """Step the problem's optimizer along its gradient, as the same step written by hand would."""
         runner = gradient.runner
-        if gradient.is_hypergradient and not self._trusted(gradient, record):
+        if not self.faults.admits(gradient, record):
             runner.skip()
             return
+        began = perf_counter()
         runner.apply(gradient.grad, gradient.value, gradient.batch)
-
-    def _trusted(self, gradient: Gradient, record: Record) -> bool:
-        """Return whether to step along a hypergradient; raise or warn as `on_breakdown` says. Reads one number back."""
-        name = gradient.runner.name
-        code = finite_code(None, gradient.value, gradient.grad)
-        for other in gradient.codes:
-            code = torch.maximum(code, other)
-        result = Result(int(code))
-        record.put(name, "result", int(result))
-        if not result.is_breakdown:
-            return True
-        where = f"hypergradient of problem {name!r} (level {self.graph.level_of[name]})"
-        if self.on_breakdown == "raise":
-            raise SolveError(result, f"{where} at step {self.num_steps}: ")
-        if self.on_breakdown == "warn":  # without the step, so that the same warning is shown once
-            warnings.warn(f"{where}: {result.message}", RuntimeWarning, stacklevel=2)
-            return True
-        return False
+        self.seconds[f"{runner.name}.step"] += perf_counter() - began
 
     def _check_product(self, runner: Runner) -> None:
         """Compare a Hessian product with a finite difference where the problem's method needs second derivatives."""
@@ -400,16 +408,32 @@ class Engine:
 
     # --- saving and going on -----------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return what is needed to go on: modules, optimizers, schedulers, data positions, warm starts, RNG, counts."""
-        device = next(iter(self.runners.values())).layout.device
-        return copy.deepcopy(
-            {
-                "num_steps": self.num_steps,
-                "random": save_random(random_state(device)),
-                "problems": {name: save(runner) for name, runner in self.runners.items()},
-            }
-        )
+    def state_dict(self, *, copied: bool = True) -> dict[str, Any]:
+        """Return what is needed to go on: modules, optimizers, schedulers, data, warm starts, draws, counts, callbacks.
+
+        Args:
+            copied: False for the tensors that are in use, to be written to a file before the next step.
+
+        Raises:
+            ValueError: for data whose place cannot be found again, and in the middle of a step.
+        """
+        if not self.is_between_steps:
+            raise ValueError(
+                f"state_dict: step {self.num_steps} was not completed, so that the levels do not fit together. Save "
+                "between steps; after an error, load an earlier state."
+            )
+        state = save_all(self.runners) | {
+            "num_steps": self.num_steps,
+            "chunks": dict(self._chunks),
+            "callbacks": {name: listener.state_dict() for name, listener in named(self.listeners).items()},
+        }
+        return copy.deepcopy(state) if copied else state
+
+    def check_savable(self) -> None:
+        """Raise a ValueError, naming the problem, for data whose place cannot be found again after a resume."""
+        for runner in self.runners.values():
+            if runner.source is not None:
+                runner.source.check_resumable()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`, the `state_dict()` of an engine over the same problems.
@@ -417,28 +441,7 @@ class Engine:
         Raises:
             ValueError: if the problems differ; nothing is changed then.
         """
-        ours, theirs = set(self.runners), set(state["problems"])
-        if ours != theirs:
-            raise ValueError(
-                f"this engine has the problems {sorted(ours)}, the state has {sorted(theirs)}. Build the engine from "
-                "the same problems as the one that was saved."
-            )
-        for name, runner in self.runners.items():
-            check(runner, state["problems"][name])
-        for name, runner in self.runners.items():
-            load(runner, state["problems"][name])
-        self.num_steps = state["num_steps"]
-        restore_random_state(load_random(state["random"], next(iter(self.runners.values())).layout.device))
-
-
-@dataclass(frozen=True)
-class Gradient:
-    """A problem's gradient at its present values, and what its parts reported."""
-
-    runner: Runner
-    value: Tensor
-    grad: Params
-    codes: list[Tensor]
-    batch: Any
-    is_hypergradient: bool
-    """Whether levels below respond in it."""
+        load_all(self.runners, state)
+        self.num_steps, self._chunks = state["num_steps"], dict(state["chunks"])
+        self.listening = state["callbacks"]
+        self.is_between_steps = True

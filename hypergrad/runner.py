@@ -32,7 +32,7 @@ from hypergrad.optim import Bound, from_torch, read_options, read_state
 from hypergrad.problem import Problem, criterion_value, loss_value, penalty_value
 from hypergrad.snapshot import restore, snapshot
 from hypergrad.source import Source
-from hypergrad.step import Recipe, Recording, Step
+from hypergrad.step import Recipe, Recording, States, Step
 from hypergrad.stepper import Stepper
 from hypergrad.trajectory import Trajectory
 
@@ -54,7 +54,6 @@ class Runner:
         self.name = problem.name
         self.source = None if problem.data is None else Source(problem)
         self.window: list[Step] = []
-        self.records: list[dict[str, Trajectory]] = []
         self.batches: deque[Any] = deque(maxlen=100)
         """The batches of the last window, the latest hundred: what a rehearsal runs on."""
         self.num_steps = 0
@@ -203,7 +202,7 @@ class Runner:
     def begin_window(self) -> None:
         """End the last window, forget it and begin anew where asked."""
         self.end_window()
-        self.window, self.records, self.window_size, self.fresh = [], [], 0, []
+        self.window, self.window_size, self.fresh = [], 0, []
         self.began_at_start = False
         self.batches.clear()
         if self.problem.restarts or (self.problem.start is not None and self.num_steps == 0):
@@ -427,16 +426,22 @@ class Runner:
             if self.opaque or not window
             else read_state(self.problem.optimizer, window[-1].recipe.optimizer, self.used)
         )
+        return self.record_of(tuple(window), end, states, started=self.began_at_start)
+
+    def record_of(self, steps: tuple[Step, ...], end: Tensor, states: States, *, started: bool) -> Trajectory:
+        """Return the record of a window that took `steps` to `end`, and began at the problem's start if `started`."""
+
+        def start(upper: Params) -> Params:
+            return {k: v for k, v in self.start_values(upper).items() if k in self.used}
+
         return Trajectory(
             layout=self.layout,
             end_flat=end,
             names=tuple(self.used),
             loss=self.loss,
-            steps=tuple(window),
+            steps=steps,
             end_states=states,
-            start=(lambda upper: {k: v for k, v in self.start_values(upper).items() if k in self.used})
-            if self.began_at_start
-            else None,
+            start=start if started else None,
             response=self.response,
         )
 

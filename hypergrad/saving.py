@@ -7,17 +7,54 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from hypergrad._random import random_state, restore_random_state
 from hypergrad.runner import Nested, Runner
 from hypergrad.source import load_random, save_random
 from hypergrad.step import Step
+from hypergrad.trajectory import Trajectory
+
+
+def save_all(runners: Mapping[str, Runner]) -> dict[str, Any]:
+    """Return what these problems, all of an engine's, need to go on: views of what is in use, not copies."""
+    return {
+        "random": save_random(random_state(_device(runners))),
+        "problems": {name: save(runner) for name, runner in runners.items()},
+    }
+
+
+def load_all(runners: Mapping[str, Runner], state: Mapping[str, Any]) -> None:
+    """Go on from `state`, which `save_all` returned for the same problems.
+
+    Raises:
+        ValueError: if the problems differ; nothing is changed then.
+    """
+    ours, theirs = set(runners), set(state["problems"])
+    if ours != theirs:
+        raise ValueError(
+            f"this engine has the problems {sorted(ours)}, the state has {sorted(theirs)}. Build the engine from "
+            "the same problems as the one that was saved."
+        )
+    for name, runner in runners.items():
+        check(runner, state["problems"][name])
+    for name, runner in runners.items():
+        load(runner, state["problems"][name], runners)
+    restore_random_state(load_random(state["random"], _device(runners)))
+
+
+def _device(runners: Mapping[str, Runner]) -> torch.device:
+    return next(iter(runners.values())).layout.device
 
 
 def save(runner: Runner) -> dict[str, Any]:
     """Return what this problem needs to go on."""
+    module = runner.problem.module
+    saved = module.state_dict()
     return {
-        "module": runner.problem.module.state_dict(),
+        "module": saved,
+        "buffers": {key: b for key, b in module.named_buffers() if key not in saved},
         "optimizer": runner.problem.optimizer.state_dict(),
         "schedulers": [s.state_dict() for s in runner.problem.schedulers()],
         "data": None if runner.source is None else runner.source.state_dict(),
@@ -46,50 +83,78 @@ def check(runner: Runner, state: Mapping[str, Any]) -> None:
         )
 
 
-def load(runner: Runner, state: Mapping[str, Any]) -> None:
+def load(runner: Runner, state: Mapping[str, Any], runners: Mapping[str, Runner]) -> None:
     """Go on from `state`."""
-    runner.problem.module.load_state_dict(state["module"])
+    module = runner.problem.module
+    module.load_state_dict(state["module"])
+    with torch.no_grad():
+        for key, buffer in module.named_buffers():
+            if key in state["buffers"]:
+                buffer.copy_(state["buffers"][key])
     runner.problem.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # torch keeps what it is given
     for scheduler, saved in zip(runner.problem.schedulers(), state["schedulers"], strict=True):
-        scheduler.load_state_dict(saved)
+        scheduler.load_state_dict(copy.deepcopy(saved))
     if runner.source is not None:
         runner.source.load_state_dict(state["data"])
-    runner.num_steps, runner.warm = state["num_steps"], dict(state["warm"])
+    runner.num_steps = state["num_steps"]
+    runner.warm = {name: v.to(runner.layout.device) for name, v in state["warm"].items()}
     runner.initial, runner.snapshot = copy.deepcopy(state["initial"]), copy.deepcopy(state["snapshot"])
-    _load_window(runner, state["window"])
+    _load_window(runner, state["window"], runners)
+
+
+def _outlives_a_step(runner: Runner) -> bool:
+    """Return whether the record of the last window is read again in a later step of the top level."""
+    levels = runner.graph.levels[runner.graph.level_of[runner.name] :]
+    return any(problem.every > 1 for level in levels for problem in level)
 
 
 def _saved_window(runner: Runner) -> dict[str, Any]:
-    """Return the record of the last window, where steps of the level above are still to be taken with it."""
-    steps = runner.window if runner.problem.every > 1 else []
-    if any(isinstance(step.batch, Nested) for step in steps):
-        raise ValueError(
-            f"problem {runner.name!r} has levels below and every={runner.problem.every}: its run cannot be saved. "
-            "Use every=1."
-        )
-    saved = [
-        {
-            "batch": step.batch,
-            "index": step.index,
-            "random": save_random(step.random),
-            "flat": step.flat,
-            "states": step.states,
-            "options": [asdict(option) for option, _ in step.recipe.optimizer.groups],
-        }
-        for step in steps
-    ]
-    return {"steps": saved, "size": runner.window_size, "started": runner.began_at_start, "fresh": list(runner.fresh)}
+    """Return the record of the last window, where steps of the levels above are still to be taken with it."""
+    steps = [_saved_step(step) for step in runner.window] if _outlives_a_step(runner) else []
+    return {"steps": steps, "size": runner.window_size, "started": runner.began_at_start, "fresh": list(runner.fresh)}
 
 
-def _load_window(runner: Runner, saved: Mapping[str, Any]) -> None:
+def _saved_step(step: Step) -> dict[str, Any]:
+    nested = isinstance(step.batch, Nested)
+    return {
+        "batch": step.batch.batch if nested else step.batch,
+        "records": {name: _saved_record(r) for name, r in step.batch.records.items()} if nested else None,
+        "index": step.index,
+        "random": save_random(step.random),
+        "flat": step.flat,
+        "states": step.states,
+        "options": [asdict(option) for option, _ in step.recipe.optimizer.groups],
+    }
+
+
+def _saved_record(record: Trajectory) -> dict[str, Any]:
+    """Return the record of a lower level's run that went with a step of a window."""
+    return {
+        "steps": [_saved_step(step) for step in record.steps],
+        "end": record.end_flat,
+        "states": record.end_states,
+        "started": record.start is not None,
+    }
+
+
+def _load_window(runner: Runner, saved: Mapping[str, Any], runners: Mapping[str, Runner]) -> None:
     runner.forget_options()
     runner.window_size, runner.began_at_start, runner.fresh = saved["size"], saved["started"], list(saved["fresh"])
-    runner.window = []
-    for entry in saved["steps"]:
-        bound = runner.bind()
-        options = zip(bound.groups, entry["options"], strict=True)
-        groups = tuple((replace(option, **values), names) for (option, names), values in options)
-        recipe = runner.recipe(replace(bound, groups=groups))
-        random = load_random(entry["random"], runner.layout.device)
-        step = Step(recipe, entry["batch"], entry["index"], random, entry["flat"], entry["states"])
-        runner.window.append(step)
+    runner.window = [_loaded_step(runner, entry, runners) for entry in saved["steps"]]
+
+
+def _loaded_step(runner: Runner, saved: Mapping[str, Any], runners: Mapping[str, Runner]) -> Step:
+    bound = runner.bind()
+    options = zip(bound.groups, saved["options"], strict=True)
+    groups = tuple((replace(option, **values), names) for (option, names), values in options)
+    batch = saved["batch"]
+    if saved["records"] is not None:
+        batch = Nested(batch, {name: _loaded_record(runners[name], r, runners) for name, r in saved["records"].items()})
+    random = load_random(saved["random"], runner.layout.device)
+    recipe = runner.recipe(replace(bound, groups=groups))
+    return Step(recipe, batch, saved["index"], random, saved["flat"], saved["states"])
+
+
+def _loaded_record(runner: Runner, saved: Mapping[str, Any], runners: Mapping[str, Runner]) -> Trajectory:
+    steps = tuple(_loaded_step(runner, entry, runners) for entry in saved["steps"])
+    return runner.record_of(steps, saved["end"], saved["states"], started=saved["started"])

@@ -1,0 +1,184 @@
+"""What an engine does when a hypergradient cannot be trusted, or a value is not finite."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+
+from hypergrad._flat import Params
+from hypergrad._result import Result, SolveError
+from hypergrad.history import Record
+from hypergrad.runner import Runner
+from hypergrad.undo import Before
+
+OnBreakdown = Literal["raise", "warn", "skip"]
+OnNonfinite = Literal["raise", "skip", "rollback"]
+
+MAX_ROLLBACKS = 5
+"""Failures in a row, each with new batches, after which the batches are not to blame."""
+
+
+class NonFiniteError(SolveError):
+    """A loss, hypergradient or residual is not finite; the message names the level, the step and the tensor."""
+
+    def __init__(self, context: str) -> None:
+        """Lead the code's message by `context`."""
+        super().__init__(Result.NON_FINITE, context)
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """A problem's gradient at its present values, and what its parts reported."""
+
+    runner: Runner
+    value: Tensor
+    grad: Params
+    codes: list[Tensor]
+    batch: Any
+    is_hypergradient: bool
+    """Whether levels below respond in it."""
+    residuals: Mapping[str, Tensor]
+    """Residual norms of the solves, by the problem solved."""
+
+
+class Faults:
+    """Decides about each own step of a problem before it is taken.
+
+    On a CPU every loss is looked at in its own step. On an accelerator, where a look makes the host wait, the losses'
+    flags are collected and read together with the code of the next hypergradient: one small read for each of those.
+    Only "skip" needs to know at once, and reads one flag an own step.
+    """
+
+    def __init__(self, on_breakdown: OnBreakdown, on_nonfinite: OnNonfinite | None) -> None:
+        """Validate the options."""
+        if on_breakdown not in get_args(OnBreakdown):
+            raise ValueError(f"Engine: on_breakdown must be 'raise', 'warn' or 'skip', got {on_breakdown!r}.")
+        if on_nonfinite is not None and on_nonfinite not in get_args(OnNonfinite):
+            raise ValueError(f"Engine: on_nonfinite must be 'raise', 'skip', 'rollback' or None, got {on_nonfinite!r}.")
+        self.on_breakdown = on_breakdown
+        self.on_nonfinite: OnBreakdown | OnNonfinite = on_nonfinite or on_breakdown
+        self.step = 0
+        self._pending: list[tuple[Runner, int, Tensor]] = []
+
+    def attempt(self, step: Callable[[], Record], runners: Mapping[str, Runner]) -> Record:
+        """Return the record of `step`, taken again from where it began while it fails and the policy is to go back."""
+        rolls_back = self.on_nonfinite == "rollback"
+        for count in range(MAX_ROLLBACKS):
+            before = Before.of(runners.values()) if rolls_back else None
+            self._pending.clear()
+            try:
+                record = step()
+                self._settle()
+            except NonFiniteError:
+                if before is None or count == MAX_ROLLBACKS - 1:
+                    raise
+                before.restore()
+                continue
+            if count:
+                record["rollbacks"] = count
+            return record
+        raise AssertionError
+
+    def admits(self, gradient: Gradient, record: Record) -> bool:
+        """Return whether to step along `gradient`; raise or warn as the policy says."""
+        if gradient.is_hypergradient:
+            return self._admits_hypergradient(gradient, record)
+        runner, value = gradient.runner, gradient.value
+        if self.on_nonfinite == "skip":
+            finite = bool(torch.isfinite(value) & torch.isfinite(_norm(gradient)))
+            return finite or not _culprit(gradient)
+        if value.device.type != "cpu":
+            self._pending.append((runner, runner.window_size, torch.isfinite(value)))
+            return True
+        if not math.isfinite(value):
+            return self._refuses(f"loss of {self._where(runner, runner.window_size)} is {float(value)}")
+        if self.on_nonfinite == "rollback" and not math.isfinite(_norm(gradient)) and (found := _culprit(gradient)):
+            return self._refuses(f"gradient of {self._where(runner, runner.window_size)}: {found}")
+        return True
+
+    def _admits_hypergradient(self, gradient: Gradient, record: Record) -> bool:
+        """Read one number back, and decide."""
+        runner, value = gradient.runner, gradient.value
+        norm = _norm(gradient)
+        record.put(runner.name, "grad_norm", norm)
+        finite = torch.isfinite(value) & torch.isfinite(norm)
+        for residual in gradient.residuals.values():
+            finite = finite & torch.isfinite(residual)
+        code = Result.SUCCESS.tensor(value.device)
+        for other in gradient.codes:
+            code = torch.maximum(code, other)
+        unexplained = ~finite & (code < int(Result.NEGATIVE_CURVATURE))
+        result = Result(self._read(torch.where(unexplained, int(Result.NON_FINITE), code)))
+        found = _culprit(gradient) if result is Result.NON_FINITE else ""
+        if result is Result.NON_FINITE and not found and not any(int(c) == result for c in gradient.codes):
+            result = Result.SUCCESS  # entries so large that only their norm overflows
+        record.put(runner.name, "result", int(result))
+        if not result.is_breakdown:
+            return True
+        where = f"hypergradient of {self._where(runner)}"
+        if result is Result.NON_FINITE:
+            return self._refuses(f"{where}{found and ', ' + found}")
+        if self.on_breakdown == "raise":
+            raise SolveError(result, f"{where} at step {self.step}: ")
+        if self.on_breakdown == "warn":  # without the step, so that the same warning is shown once
+            warnings.warn(f"{where}: {result.message}", RuntimeWarning, stacklevel=2)
+            return True
+        return False
+
+    def _refuses(self, what: str) -> bool:
+        """Raise or warn about `what` is not finite, or return whether to step all the same."""
+        if self.on_nonfinite == "skip":
+            return False
+        if self.on_nonfinite == "warn":
+            warnings.warn(f"{what}: {Result.NON_FINITE.message}", RuntimeWarning, stacklevel=2)
+            return True
+        raise NonFiniteError(f"{what} at step {self.step}: ")
+
+    def _read(self, code: Tensor) -> int:
+        """Return a code as a number, with every flag still to be read in the same transfer."""
+        if not self._pending:
+            return int(code)
+        flags = torch.stack([code, *(flag.to(code) for _, _, flag in self._pending)]).tolist()
+        pending, self._pending = self._pending, []
+        for (runner, index, _), finite in zip(pending, flags[1:], strict=True):
+            if not finite:
+                self._refuses(f"loss of {self._where(runner, index)} is not finite")
+                break
+        return int(flags[0])
+
+    def _settle(self) -> None:
+        """Read the flags of own steps that no hypergradient followed."""
+        if self._pending:
+            self._read(Result.SUCCESS.tensor(self._pending[0][2].device))
+
+    def _where(self, runner: Runner, index: int | None = None) -> str:
+        own = "" if index is None or runner.problem.steps == 1 else f", own step {index},"
+        return f"problem {runner.name!r} (level {runner.graph.level_of[runner.name]}){own}"
+
+
+def _norm(gradient: Gradient) -> Tensor:
+    """Return the norm of the whole gradient."""
+    if not gradient.grad:
+        return torch.zeros_like(gradient.value)
+    return get_total_norm(gradient.grad.values())
+
+
+def _culprit(gradient: Gradient) -> str:
+    """Return which tensor is not finite, in words; empty if all are."""
+    if not torch.isfinite(gradient.value):
+        return f"its loss is {float(gradient.value)}"
+    for key, g in gradient.grad.items():
+        wrong = int((~torch.isfinite(g)).sum())
+        if wrong:
+            return f"{wrong} of {g.numel()} entries for {key!r} are not finite"
+    for name, residual in gradient.residuals.items():
+        if not torch.isfinite(residual):
+            return f"the residual of the solve for {name!r} is {float(residual)}"
+    return ""

@@ -1,0 +1,71 @@
+"""The loop around an engine's steps: callbacks, and going on from a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Protocol
+
+from hypergrad.callbacks.base import Callback, Runnable
+from hypergrad.callbacks.checkpoint import Checkpoint
+from hypergrad.history import History, Record
+from hypergrad.store import newest
+
+
+class Steppable(Runnable, Protocol):
+    """An engine, as the loop sees it."""
+
+    listeners: Sequence[Callback]
+    listening: Mapping[str, Any]
+
+    def step(self) -> Record:
+        """Return the record of one step of the top level."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state."""
+        ...
+
+
+def run(engine: Steppable, num_steps: int, callbacks: Iterable[Callback], resume: str | Path | None) -> History:
+    """Return the history of the steps taken: `num_steps`, or with `resume` those still missing to so many in all."""
+    if not isinstance(num_steps, int) or num_steps < 1:
+        raise ValueError(f"Engine.run: num_steps must be an int >= 1, got {num_steps!r}.")
+    listeners = sorted(callbacks, key=lambda listener: listener.order)
+    if resume is not None:
+        path = newest(resume, set_aside=True)
+        if path is not None:
+            engine.load_state_dict(Checkpoint.read(path))
+        num_steps -= engine.num_steps
+    history = History()
+    engine.listeners, states = listeners, engine.listening
+    try:
+        with ExitStack() as ends:  # told in reverse: what listens last saves first
+            for name, listener in named(listeners).items():
+                listener.on_start(engine, max(num_steps, 0))
+                ends.callback(listener.on_end, engine, history)
+                if name in states:
+                    listener.load_state_dict(states[name])
+            if any(named(listeners)[name].should_stop for name in states if name in named(listeners)):
+                return history
+            for _ in range(num_steps):
+                record = engine.step()
+                history.append(record)
+                for listener in listeners:
+                    listener.on_step(engine, record)
+                if any(listener.should_stop for listener in listeners):
+                    break
+    finally:
+        engine.listeners, engine.listening = (), {}
+    return history
+
+
+def named(listeners: Sequence[Callback]) -> dict[str, Callback]:
+    """Return callbacks under the names that their states are saved by: the class, and which one of it."""
+    found: dict[str, Callback] = {}
+    for listener in listeners:
+        kind = type(listener).__name__
+        count = sum(name.split(" ")[0] == kind for name in found)
+        found[f"{kind} {count}" if count else kind] = listener
+    return found
