@@ -6,7 +6,7 @@ WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 RUNS := runs
-DEMO ?= --preset small --seeds 2 --method cg first-order no-implicit
+DEMO ?= --preset small --seeds 2 --method cg one-step no-implicit
 
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1

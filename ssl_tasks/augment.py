@@ -16,11 +16,12 @@ Uniform = Callable[[float, float], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """Crop-and-resize, flip, rotation, brightness, contrast, blur, cutout and noise, drawn for each sample.
+    """Crop-and-resize, flip, rotation, brightness, contrast, colour, blur, cutout and noise, drawn for each sample.
 
     One affine map a sample, sampled bilinearly, does crop, flip and rotation together; then
-    x <- c (x - mean(x)) + mean(x) + b with contrast c and brightness b, a mix with a 3x3 binomial blur, a
-    square hole, noise, and a cut to [0, 1]. Cost: about eight passes over the batch, no loop over samples.
+    x <- c (x - mean(x)) + mean(x) + b with contrast c and brightness b, colours drawn towards or away from grey, a mix
+    with a 3x3 binomial blur, a square hole, noise, and a cut to [0, 1]. Cost: about eight passes over the batch, no
+    loop over samples.
 
     Attributes:
         min_scale: the crop's side is uniform in [min_scale, 1] of the image's; 1 switches crops off.
@@ -28,6 +29,8 @@ class Augmentation:
         rotation: the largest angle in degrees, either way.
         brightness: b is uniform in [-brightness, brightness].
         contrast: c is uniform in [1 - contrast, 1 + contrast].
+        saturation: colours are multiplied by s about the grey image, s uniform in [1 - saturation, 1 + saturation].
+        grayscale: the share of samples that lose their colours.
         blur: the largest share of the blurred image in the mix.
         cutout: the hole's side as a share of the image's; 0 switches it off.
         noise: standard deviation of Gaussian noise.
@@ -46,6 +49,8 @@ class Augmentation:
     rotation: float = 0.0
     brightness: float = 0.2
     contrast: float = 0.4
+    saturation: float = 0.0
+    grayscale: float = 0.0
     blur: float = 0.5
     cutout: float = 0.0
     noise: float = 0.0
@@ -53,7 +58,7 @@ class Augmentation:
     def __post_init__(self) -> None:
         if not 0 < self.min_scale <= 1:
             raise ValueError(f"min_scale must lie in (0, 1], got {self.min_scale}.")
-        for name in ("rotation", "brightness", "contrast", "blur", "cutout", "noise"):
+        for name in ("rotation", "brightness", "contrast", "saturation", "grayscale", "blur", "cutout", "noise"):
             value = float(vars(self)[name])
             most = math.inf if name in ("rotation", "noise") else 1.0
             if not 0 <= value <= most:
@@ -76,6 +81,11 @@ class Augmentation:
             mean = out.mean((1, 2, 3), keepdim=True)
             contrast = uniform(1 - self.contrast, 1 + self.contrast)
             out = contrast * (out - mean) + mean + uniform(-self.brightness, self.brightness)
+        if (self.saturation or self.grayscale) and images.shape[1] > 1:
+            grey = out.mean(1, keepdim=True)
+            colour = uniform(1 - self.saturation, 1 + self.saturation)
+            colour = torch.where(uniform(0, 1) < self.grayscale, 0.0, colour)
+            out = grey + colour * (out - grey)
         if self.blur:
             share = uniform(0, self.blur)
             out = out + share * (blurred(out) - out)

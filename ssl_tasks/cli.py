@@ -1,92 +1,87 @@
-"""The command line: `python -m ssl_tasks SYSTEM ...`."""
+"""The command line: `python -m ssl_tasks NAME --option ...`, every option a field of the method's dataclass."""
 
 from __future__ import annotations
 
-import argparse
+import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import make_dataclass
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Annotated, Any
 
-from ssl_tasks.datasets import NAMES
-from ssl_tasks.recipes import PRESETS
-
-SYSTEMS = {
-    "conventional": "pretrain, probe, fine-tune: the pipeline that every system is compared with",
-    "bissl": "BiSSL: align a pretrained backbone with its downstream task (arXiv 2410.02387)",
-}
-METHODS = {
-    "cg": "conjugate gradients with the effective lambda = lambda + delta, as released",
-    "damped": "conjugate gradients with delta as plain damping",
-    "neumann": "a truncated Neumann series, effective lambda",
-    "first-order": "the inverse curvature replaced by the identity",
-    "no-implicit": "the same alternation with the implicit term left out",
-}
+from ssl_tasks import methods
+from ssl_tasks.experiment import Run
+from ssl_tasks.system import System
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What the command line said."""
-
-    system: str
-    preset: str
-    data: str
-    folder: str | None
-    seeds: int
-    first_seed: int
-    method: tuple[str, ...]
-    out: Path
-    device: str
-    threads: int | None
-
-    def record(self) -> dict[str, object]:
-        """Return the options for results.json, without paths of the machine."""
-        return {name: value for name, value in asdict(self).items() if name not in ("out", "folder")}
+def systems() -> dict[str, type[System]]:
+    """Return the commands: every `System` in a file of `ssl_tasks.methods`, by its name."""
+    found: dict[str, type[System]] = {}
+    for info in iter_modules(methods.__path__):
+        module = import_module(f"{methods.__name__}.{info.name}")
+        for value in vars(module).values():
+            if isinstance(value, type) and issubclass(value, System) and value.__module__ == module.__name__:
+                found[value.name] = value
+    return found
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the parser; `--help` tells every option and its default."""
-    top = argparse.ArgumentParser(
-        prog="python -m ssl_tasks",
-        description="Self-supervised systems on real images, built on hypergrad.",
-        epilog="Every run prints a table and writes results.json and figure.png into --out.",
+def parse(arguments: Sequence[str] | None = None) -> tuple[Run, System]:
+    """Return what `arguments` (default: the process's) ask for; exit with the usage if they do not make sense.
+
+    The preset is looked up first: `--help` shows its values as the defaults.
+    """
+    import tyro
+
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    known = systems()
+    if not given or given[0] in ("-h", "--help"):
+        print(overview(known))
+        raise SystemExit(0 if given else 2)
+    name, rest = given[0], given[1:]
+    if name not in known:
+        print(f"ssl_tasks: unknown method {name!r}; expected one of {', '.join(known)}.", file=sys.stderr)
+        raise SystemExit(2)
+    presets = known[name].presets()
+    preset = _preset(rest) or Run.preset
+    if preset not in presets:
+        print(f"ssl_tasks: {name} has no preset {preset!r}; expected one of {', '.join(presets)}.", file=sys.stderr)
+        raise SystemExit(2)
+    bare = tyro.conf.arg(name="")
+    fields: list[Any] = [
+        ("run", Annotated[Run, bare], Run(preset=preset)),
+        ("system", Annotated[known[name], bare], presets[preset]),
+    ]
+    command: Any = make_dataclass("Command", fields, frozen=True)
+    said: Any = tyro.cli(
+        command,
+        args=rest,
+        prog=f"python -m ssl_tasks {name}",
+        description=known[name].about,
     )
-    systems = top.add_subparsers(dest="system", required=True, metavar="SYSTEM")
-    for name, text in SYSTEMS.items():
-        own = systems.add_parser(
-            name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-        )
-        own.add_argument("--preset", choices=list(PRESETS), default="small", help="sizes and steps")
-        own.add_argument(
-            "--data",
-            choices=NAMES,
-            default="fashion",
-            help="fashion: the images of the package; digits: scikit-learn's; fashion-full: from --folder",
-        )
-        own.add_argument("--folder", help="folder with Fashion-MNIST's four idx.gz files, for fashion-full")
-        own.add_argument("--seeds", type=_positive, default=3, help="how many seeds; arms are paired by seed")
-        own.add_argument("--first-seed", type=int, default=0, help="the first of them")
-        own.add_argument("--out", type=Path, default=Path("runs") / name, help="folder for results.json and figure.png")
-        own.add_argument("--device", default="cpu", help="a torch device, for example cuda")
-        own.add_argument("--threads", type=_positive, help="torch threads; torch's own choice if not given")
-        if name == "bissl":
-            own.add_argument(
-                "--method",
-                nargs="+",
-                choices=list(METHODS),
-                default=list(METHODS),
-                help="; ".join(f"{method}: {what}" for method, what in METHODS.items()),
-            )
-    return top
+    return said.run, said.system
 
 
-def parse(arguments: Sequence[str] | None = None) -> Options:
-    """Return the options that `arguments` (default: the process's) spell; exit with the usage if they do not."""
-    said = vars(parser().parse_args(arguments))
-    return Options(**{**said, "method": tuple(dict.fromkeys(said.get("method", ())))})
+def overview(known: dict[str, type[System]]) -> str:
+    """Return what `--help` prints before a method is chosen."""
+    width = max(len(name) for name in known)
+    lines = [f"  {name.ljust(width)}  {system.about}" for name, system in known.items()]
+    return "\n".join(
+        [
+            "usage: python -m ssl_tasks NAME [--preset small] [--seeds 3] [--resume] [options]",
+            "",
+            "Self-supervised systems on real images, built on hypergrad. Every run prints a table and writes",
+            "results.json, figures and backbones into --out. `NAME --help` explains every option.",
+            "",
+            *lines,
+        ]
+    )
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
+def _preset(arguments: Sequence[str]) -> str | None:
+    """Return what follows the last --preset."""
+    for k in range(len(arguments) - 1, -1, -1):
+        if arguments[k] == "--preset" and k + 1 < len(arguments):
+            return arguments[k + 1]
+        if arguments[k].startswith("--preset="):
+            return arguments[k].split("=", 1)[1]
+    return None

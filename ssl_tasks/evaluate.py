@@ -1,9 +1,8 @@
-"""What features are worth: a linear probe, nearest neighbours, fine-tuning, the directions they use."""
+"""What features are worth: a linear probe, nearest neighbours, fine-tuning, how views agree, the directions used."""
 
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,8 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssl_tasks.augment import Augmentation, two_views
 from ssl_tasks.datasets import Data, Split
 from ssl_tasks.encoders import classifier_head
+from ssl_tasks.optimizers import cosine
+from ssl_tasks.readers import to_float
 from ssl_tasks.streams import Labelled
 
 
@@ -30,7 +32,7 @@ def features(encoder: nn.Module, images: Tensor, *, batch_size: int = 1000) -> T
     """Return the encoder's features of all images, (n, dim), in evaluation mode; the mode is put back."""
     training = encoder.training
     encoder.eval()
-    out = torch.cat([encoder(part) for part in images.split(batch_size)])
+    out = torch.cat([encoder(to_float(part)) for part in images.split(batch_size)])
     encoder.train(training)
     return out
 
@@ -122,39 +124,48 @@ def fine_tune(
     data: Data,
     *,
     learning_rates: Sequence[float] = (0.01, 0.03, 0.1),
+    weight_decays: Sequence[float] = (1e-4,),
+    draws: int | None = None,
     steps: int = 200,
     batch_size: int = 100,
-    weight_decay: float = 1e-4,
     seed: int = 0,
 ) -> Score:
     """Return the accuracy after training a copy of the encoder and a fresh head on the labels.
 
-    SGD with momentum .9 and a cosine schedule to zero; the head starts at zero. Every learning rate starts
-    from the same encoder and sees the same batches; the validation split chooses, the smallest of equals.
+    SGD with momentum .9 and a cosine schedule to zero; the head starts at zero. Every candidate starts from the same
+    encoder and sees the same batches; the validation split chooses, the smallest learning rate of equals.
 
     Args:
         encoder: the backbone; copied, left as it is.
         data: whose training, validation and test splits are used.
         learning_rates: candidates.
+        weight_decays: candidates, on all parameters; every pair of both is one.
+        draws: how many pairs to try, drawn from `seed`; None for all.
         steps: SGD steps for each candidate.
         batch_size: labelled images a step.
-        weight_decay: on all parameters.
         seed: of the batches.
+
+    Returns:
+        The test accuracy of the chosen candidate; `chosen` is its learning rate.
     """
     _need(learning_rates, "learning_rates")
+    pairs = [(lr, decay) for lr in sorted(learning_rates) for decay in sorted(weight_decays)]
+    if draws is not None and draws < len(pairs):
+        kept = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed))[:draws]
+        pairs = [pairs[k] for k in sorted(kept.tolist())]
     best: Score | None = None
-    for lr in sorted(learning_rates):
+    for lr, decay in pairs:
         head = classifier_head(features(encoder, data.train.images[:1]).shape[1], data.num_classes)
-        model = nn.Sequential(copy.deepcopy(encoder), head.to(data.train.images.device)).train()
-        optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=weight_decay)
+        model = nn.Sequential(copy.deepcopy(encoder), head.to(data.device)).train()
+        optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=decay)
+        schedule = cosine(optimizer, steps)
         stream = iter(Labelled(split=data.train, batch_size=batch_size, seed=seed))
-        for step in range(steps):
-            for group in optimizer.param_groups:
-                group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+        for _ in range(steps):
             images, labels = next(stream)
             optimizer.zero_grad()
             F.cross_entropy(model(images), labels).backward()
             optimizer.step()
+            schedule.step()
         score = {
             name: _accuracy(features(model, split.images), split.labels)
             for name, split in (("validation", data.validation), ("test", data.test))
@@ -163,6 +174,20 @@ def fine_tune(
             best = Score(score["test"], score["validation"], lr)
     assert best is not None
     return best
+
+
+def alignment(encoder: nn.Module, images: Tensor, augment: Augmentation, *, seed: int = 0) -> float:
+    """Return the mean squared distance of two views' features, scaled to unit length: 0 for views alike, 2 for chance.
+
+    Read it beside `effective_rank`: a collapsed encoder aligns perfectly.
+
+    Reference: Wang and Isola, *Understanding Contrastive Representation Learning through Alignment and Uniformity on
+    the Hypersphere*, 2020, arXiv 2005.10242.
+    """
+    generator = torch.Generator(images.device).manual_seed(seed)
+    views = two_views(to_float(images), augment, generator)
+    first, second = (F.normalize(features(encoder, view), dim=1) for view in views)
+    return float((first - second).square().sum(1).mean())
 
 
 def effective_rank(x: Tensor) -> float:
@@ -183,6 +208,15 @@ def effective_rank(x: Tensor) -> float:
         return 1.0
     p = values / total
     return float(torch.exp(-torch.special.xlogy(p, p).sum()))
+
+
+def plane(encoder: nn.Module, images: Tensor) -> Tensor:
+    """Return the two leading principal components of the images' features, (n, 2), signs fixed: a map to look at."""
+    x = features(encoder, images).double()
+    x = x - x.mean(0)
+    directions = torch.linalg.svd(x, full_matrices=False).Vh[:2]
+    largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
+    return x @ (directions * largest.sign()).T
 
 
 def _splits(data: Data) -> dict[str, Split]:

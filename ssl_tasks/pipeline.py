@@ -2,81 +2,71 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
-from ssl_tasks import evaluate
+from ssl_tasks import episodes, evaluate
 from ssl_tasks.datasets import Data
-from ssl_tasks.encoders import encoder, projection_head
-from ssl_tasks.losses import nt_xent
-from ssl_tasks.recipes import Pretraining, Recipe
+from ssl_tasks.encoders import encoder
+from ssl_tasks.optimizers import cosine, optimizer_of
+from ssl_tasks.pretext import Backbone
+from ssl_tasks.recipes import Evaluation, Pretraining
 from ssl_tasks.streams import Views
 
-
-@dataclass(frozen=True)
-class Backbone:
-    """A pretrained encoder with the projection head of its pretext loss."""
-
-    encoder: nn.Module
-    head: nn.Module
+Advance = Callable[..., None]
 
 
 def start(recipe: Pretraining, data: Data, *, seed: int) -> Backbone:
-    """Return an encoder and a projection head drawn from `seed`, on the data's device."""
-    device = data.pretext.device
-    drawn = encoder(recipe.encoder, data.image_shape, widths=recipe.widths, seed=seed)
+    """Return an encoder and the heads of its pretext drawn from `seed`, on the data's device."""
+    drawn = encoder(recipe.encoder, data.image_shape, widths=recipe.widths or None, norm=recipe.norm, seed=seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed + 1)
-        head = projection_head(drawn.dim)
-    return Backbone(drawn.to(device), head.to(device))
+        begun = recipe.pretext.start(drawn, int(drawn.dim))  # type: ignore[arg-type]
+    begun.tower.to(data.device)
+    if begun.target is not None:
+        begun.target.to(data.device)
+    return begun
 
 
 def pretrain(
     backbone: Backbone,
     batches: Iterable[tuple[Tensor, Tensor]],
+    recipe: Pretraining,
     *,
-    steps: int,
-    learning_rate: float,
-    temperature: float,
-    advance: Callable[[], None] = lambda: None,
+    steps: int | None = None,
+    learning_rate: float | None = None,
+    advance: Advance = lambda: None,
 ) -> list[float]:
-    """Train `backbone` in place on the contrastive loss and return the loss of every step.
+    """Train `backbone` in place on the recipe's pretext loss and return the loss of every step.
 
-    Adam with a cosine schedule from `learning_rate` to zero. Cost: `steps` gradients.
+    Cost: `steps` gradients.
 
     Args:
         backbone: trained in place.
         batches: pairs of views, at least `steps` of them.
-        steps: optimizer steps.
-        learning_rate: of the first step.
-        temperature: of the loss.
+        recipe: the loss, the optimizer and its schedule.
+        steps: optimizer steps instead of the recipe's, without warm-up.
+        learning_rate: of the first step, instead of the recipe's.
         advance: called after each step.
     """
-    params = [*backbone.encoder.parameters(), *backbone.head.parameters()]
-    optimizer = torch.optim.Adam(params, lr=learning_rate)
+    total = recipe.steps if steps is None else steps
+    rate = recipe.learning_rate if learning_rate is None else learning_rate
+    optimizer = optimizer_of(recipe.optimizer, backbone.tower, lr=rate, weight_decay=recipe.weight_decay)
+    schedule = cosine(optimizer, total, warm_up=recipe.warm_up if steps is None else 0)
     losses: list[Tensor] = []
-    for step, (first, second) in enumerate(islice(batches, steps)):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * 0.5 * (1 + math.cos(math.pi * step / steps))
+    for views in islice(batches, total):
         optimizer.zero_grad()
-        loss = contrast(backbone, first, second, temperature=temperature)
+        loss = recipe.pretext(backbone.tower, views, backbone.target)
         loss.backward()
         optimizer.step()
+        schedule.step()
+        recipe.pretext.follow(backbone)
         losses.append(loss.detach())
         advance()
     return [float(loss) for loss in losses]
-
-
-def contrast(backbone: Backbone, first: Tensor, second: Tensor, *, temperature: float) -> Tensor:
-    """Return the contrastive loss of two views under `backbone`; both views pass in one batch."""
-    z = backbone.head(backbone.encoder(torch.cat([first, second])))
-    one, other = z.chunk(2)
-    return nt_xent(one, other, temperature=temperature)
 
 
 def views(recipe: Pretraining, data: Data, *, seed: int) -> Views:
@@ -84,32 +74,52 @@ def views(recipe: Pretraining, data: Data, *, seed: int) -> Views:
     return Views(images=data.pretext, augment=recipe.augment, batch_size=recipe.batch_size, seed=seed)
 
 
-def pretrained(recipe: Pretraining, data: Data, *, seed: int, advance: Callable[[], None] = lambda: None) -> Backbone:
+def pretrained(recipe: Pretraining, data: Data, *, seed: int, advance: Advance = lambda: None) -> Backbone:
     """Return a backbone pretrained from scratch by `recipe`, everything drawn from `seed`."""
     backbone = start(recipe, data, seed=seed)
-    pretrain(
-        backbone,
-        views(recipe, data, seed=seed),
-        steps=recipe.steps,
-        learning_rate=recipe.learning_rate,
-        temperature=recipe.temperature,
-        advance=advance,
-    )
+    pretrain(backbone, views(recipe, data, seed=seed), recipe, advance=advance)
     return backbone
 
 
-def measure(trained: nn.Module, data: Data, recipe: Recipe, *, seed: int) -> dict[str, float]:
-    """Return the downstream accuracies in percent of an encoder: probe, k-NN, fine-tuned; and its effective rank."""
+def linear_head(
+    encoder: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], data: Data, *, rate: float, steps: int
+) -> nn.Linear:
+    """Return a linear head (drawn from the global generator) trained by SGD on the frozen encoder's features."""
+    head = nn.Linear(int(encoder.dim), data.num_classes).to(data.device)  # type: ignore[arg-type]
+    optimizer = torch.optim.SGD(head.parameters(), lr=rate, momentum=0.9)
+    for images, labels in islice(batches, steps):
+        with torch.no_grad():
+            features = encoder(images)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(head(features), labels).backward()
+        optimizer.step()
+    return head
+
+
+def downstream(trained: nn.Module, data: Data, own: Evaluation, recipe: Pretraining, *, seed: int) -> dict[str, float]:
+    """Return what an encoder is worth downstream.
+
+    Accuracies in percent of the linear probe, k-NN, fine-tuning and few-shot episodes; the alignment of two views (0:
+    the same features) and the effective rank of the test images' features (1: collapsed).
+    """
+    found = evaluate.features(trained, data.test.images)
+    chosen = evaluate.fine_tune(
+        trained,
+        data,
+        learning_rates=own.rates,
+        weight_decays=own.decays,
+        draws=own.draws,
+        steps=own.steps,
+        batch_size=min(own.batch_size, len(data.train)),
+        seed=seed,
+    )
     return {
-        "probe": evaluate.linear_probe(trained, data).test,
+        "probe": evaluate.linear_probe(trained, data, penalties=own.penalties).test,
         "knn": evaluate.knn(trained, data).test,
-        "fine_tuned": evaluate.fine_tune(
-            trained,
-            data,
-            learning_rates=recipe.fine_tune_rates,
-            steps=recipe.fine_tune_steps,
-            batch_size=min(100, len(data.train)),
-            seed=seed,
-        ).test,
-        "effective_rank": evaluate.effective_rank(evaluate.features(trained, data.test.images)),
+        "fine_tuned": chosen.test,
+        "few_shot": episodes.accuracy(
+            found, data.test.labels, ways=min(own.ways, data.num_classes), shots=own.shots, count=own.episodes
+        ),
+        "alignment": evaluate.alignment(trained, data.test.images[:1000], recipe.augment, seed=seed),
+        "effective_rank": evaluate.effective_rank(found),
     }

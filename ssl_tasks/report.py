@@ -1,13 +1,11 @@
-"""What a run leaves behind: a progress bar while it lasts, a table, results.json, a figure."""
+"""What a run says: a progress bar while it lasts, estimates over seeds, the table, the environment."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
 import subprocess
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 from scipy import stats
+
+from ssl_tasks.store import Row
 
 
 @dataclass(frozen=True)
@@ -47,17 +47,9 @@ class Estimate:
         return self.mean - float(stats.t.ppf(confidence, self.count - 1)) * self.stderr
 
     def __str__(self) -> str:
-        return f"{self.mean:.1f}" + ("" if math.isnan(self.stderr) else f" +- {self.stderr:.1f}")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One arm's measures under one seed."""
-
-    arm: str
-    seed: int
-    seconds: float
-    measures: Mapping[str, float]
+        digits = 1 if abs(self.mean) >= 3 else 2
+        spread = "" if math.isnan(self.stderr) else f" +- {self.stderr:.{digits}f}"
+        return f"{self.mean:.{digits}f}{spread}"
 
 
 def summary(rows: Sequence[Row]) -> dict[str, dict[str, Estimate]]:
@@ -65,7 +57,8 @@ def summary(rows: Sequence[Row]) -> dict[str, dict[str, Estimate]]:
     out: dict[str, dict[str, Estimate]] = {}
     for arm in dict.fromkeys(row.arm for row in rows):
         own = [row for row in rows if row.arm == arm]
-        out[arm] = {name: Estimate.of([row.measures[name] for row in own]) for name in own[0].measures}
+        shared = [name for name in own[0].measures if all(name in row.measures for row in own)]
+        out[arm] = {name: Estimate.of([row.measures[name] for row in own]) for name in shared}
         out[arm]["seconds"] = Estimate.of([row.seconds for row in own])
     return out
 
@@ -82,6 +75,18 @@ def gains(rows: Sequence[Row], *, over: str, measure: str) -> dict[str, list[flo
     return out
 
 
+def paired(rows: Sequence[Row], *, over: Sequence[str], measure: str) -> dict[str, dict[str, dict[str, object]]]:
+    """Return arm -> control -> paired gain of `measure`: estimate, one-sided 95% bounds, and the values by seed."""
+    out: dict[str, dict[str, dict[str, object]]] = {}
+    for control in over:
+        for arm, values in gains(rows, over=control, measure=measure).items():
+            estimate = Estimate.of(values)
+            low, high = estimate.lower_bound(), -Estimate.of([-value for value in values]).lower_bound()
+            found = {"gain": estimate, "lower_bound_95": low, "upper_bound_95": high, "values": values}
+            out.setdefault(arm, {})[control] = found
+    return out
+
+
 def table(rows: Sequence[Row], *, over: str, columns: Mapping[str, str], paired: str) -> str:
     """Return the table that is printed: means and standard errors, and the paired gain in `paired` over `over`.
 
@@ -95,7 +100,7 @@ def table(rows: Sequence[Row], *, over: str, columns: Mapping[str, str], paired:
     gained = {arm: Estimate.of(values) for arm, values in gains(rows, over=over, measure=paired).items()}
     lines = [["", *columns.values(), "paired gain", "95% >="]]
     for arm, estimates in summary(rows).items():
-        cells = [arm, *(str(estimates[name]) for name in columns)]
+        cells = [arm, *(str(estimates[name]) if name in estimates else "" for name in columns)]
         gain = gained.get(arm)
         bound = math.nan if gain is None else gain.lower_bound()
         cells += ["" if gain is None else str(gain), "" if math.isnan(bound) else f"{bound:.1f}"]
@@ -141,32 +146,6 @@ def _commit() -> str | None:
         return None
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write `content` so that a reader sees the old file or the new one, never half of it; NaN becomes null."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(_plain(content), indent=2, allow_nan=False) + "\n"
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Estimate):
-        return {"mean": _plain(value.mean), "stderr": _plain(value.stderr), "count": value.count}
-    if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(inner) for inner in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
 @contextmanager
 def progress(total: int, title: str) -> Iterator[Callable[..., None]]:
     """Yield a function that advances the bar, `advance(steps=1, note="")`; the bar shows on a terminal only."""
@@ -180,31 +159,3 @@ def progress(total: int, title: str) -> Iterator[Callable[..., None]]:
             bar.update(steps)
 
         yield advance
-
-
-def figure(path: Path, rows: Sequence[Row], *, over: str, measures: Mapping[str, str], title: str) -> None:
-    """Write a picture of the paired gains over the arm `over`: a panel a measure, a dot a seed, the mean as a bar."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    light, dark = "#9db8d9", "#1f3b60"
-    arms = list(gains(rows, over=over, measure=next(iter(measures))))
-    canvas = Figure(figsize=(4.6 * len(measures) + 1.4, 0.42 * len(arms) + 1.7), layout="constrained")
-    FigureCanvasAgg(canvas)
-    panels = canvas.subplots(1, len(measures), sharey=True, squeeze=False)[0]
-    for panel, (measure, heading) in zip(panels, measures.items(), strict=True):
-        gained = gains(rows, over=over, measure=measure)
-        for height, arm in enumerate(arms):
-            estimate = Estimate.of(gained[arm])
-            error = None if math.isnan(estimate.stderr) else estimate.stderr
-            panel.barh(height, estimate.mean, xerr=error, height=0.55, color=light, ecolor=dark, capsize=3)
-            panel.plot(gained[arm], [height] * len(gained[arm]), "o", color=dark, ms=3, alpha=0.6)
-        panel.axvline(0, color="black", lw=0.8)
-        panel.set_yticks(range(len(arms)), arms)
-        panel.set_title(heading, fontsize=10)
-        panel.set_xlabel(f"gain over {over}, percentage points", fontsize=9)
-        panel.spines[["top", "right"]].set_visible(False)
-    panels[0].invert_yaxis()
-    canvas.suptitle(title, fontsize=11)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    canvas.savefig(path, dpi=150)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ssl_tasks.augment import Augmentation, two_views
 from ssl_tasks.datasets import Split
+from ssl_tasks.readers import to_float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,7 @@ class Views:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         generator = torch.Generator(self.images.device).manual_seed(self.seed)
         for index in _batches(len(self.images), self.batch_size, generator):
-            yield two_views(self.images[index], self.augment, generator)
+            yield two_views(to_float(self.images[index]), self.augment, generator)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +46,7 @@ class Labelled:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         generator = torch.Generator(self.split.images.device).manual_seed(self.seed)
         for index in _batches(len(self.split), self.batch_size, generator):
-            images = self.split.images[index]
+            images = to_float(self.split.images[index])
             yield self.augment(images, generator) if self.augment else images, self.split.labels[index]
 
 

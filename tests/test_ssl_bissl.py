@@ -13,22 +13,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssl_tasks import cli, experiment
 from ssl_tasks.__main__ import main
 from ssl_tasks.augment import Augmentation
-from ssl_tasks.bissl import Tower, graph
+from ssl_tasks.controls import CONTROLS, CONVENTIONAL, SAME_STEPS
 from ssl_tasks.datasets import Data, Split
 from ssl_tasks.encoders import MLP, projection_head
+from ssl_tasks.hypergradients import MethodName
 from ssl_tasks.losses import nt_xent
-from ssl_tasks.pipeline import Backbone
-from ssl_tasks.recipes import Alignment, Pretraining, Recipe
+from ssl_tasks.methods.bissl import BiSSL
+from ssl_tasks.pretext import Backbone, Tower
+from ssl_tasks.recipes import Pretraining
+from ssl_tasks.system import Trial
 
 LAMBDA, DELTA, GAMMA = 3.0, 2.0, 0.7
 STILL = Augmentation(min_scale=1.0, flip=False, brightness=0.0, contrast=0.0, blur=0.5)
 
 
-def _trial(products: int) -> experiment.Trial:
-    """Return a float64 trial whose every pretext batch is the whole set and whose lower level stands still."""
+def _trial() -> Trial:
+    """Return a float64 trial whose every pretext batch is the whole set."""
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(12, 1, 3, 3, generator=generator, dtype=torch.float64)
     split = Split(images, torch.arange(12) % 3)
@@ -37,7 +39,13 @@ def _trial(products: int) -> experiment.Trial:
         torch.manual_seed(0)
         encoder = MLP(data.image_shape, (5, 4)).double()
         head = projection_head(4, hidden=6, out=3).double()
-    alignment = Alignment(
+    return Trial(Backbone(Tower(encoder, head)), data, 0)
+
+
+def _system(products: int) -> BiSSL:
+    """Return options under which the lower level stands still and the upper steps along its whole gradient."""
+    return BiSSL(
+        pretraining=Pretraining(batch_size=12, augment=replace(STILL, blur=0.0)),
         alternations=1,
         lower_steps=1,
         upper_steps=1,
@@ -50,19 +58,16 @@ def _trial(products: int) -> experiment.Trial:
         upper_batch=12,
         clip=1e9,
     )
-    still = replace(STILL, blur=0.0)
-    recipe = Recipe(pretraining=Pretraining(batch_size=12, augment=still), alignment=alignment)
-    return experiment.Trial(Backbone(encoder, head), data, recipe, 0, lambda: None)
 
 
 def _flat(params: object) -> Tensor:
     return torch.cat([p.detach().reshape(-1) for p in params])  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("name", list(cli.METHODS))
-def test_the_upper_gradient_is_the_formula_of_its_arm(name: str) -> None:
-    trial = _trial(products=800 if name == "neumann" else 120)
-    pretext = Tower(trial.backbone.encoder, trial.backbone.head)
+@pytest.mark.parametrize("name", ["cg", "minres", "exact", "neumann", "damped", "one-step", "no-implicit"])
+def test_the_upper_gradient_is_the_formula_of_its_arm(name: MethodName) -> None:
+    trial, own = _trial(), _system(products=300 if name == "neumann" else 120)
+    pretext = trial.backbone.tower
     downstream = Tower(copy.deepcopy(trial.backbone.encoder), torch.nn.Linear(4, 3).double())
     with torch.no_grad():
         for i, p in enumerate(downstream.encoder.parameters()):
@@ -80,7 +85,7 @@ def test_the_upper_gradient_is_the_formula_of_its_arm(name: str) -> None:
 
     def pretext_loss(theta: Tensor) -> Tensor:
         z = pretext.head(features(theta))
-        return nt_xent(z, z, temperature=trial.recipe.pretraining.temperature)
+        return nt_xent(z, z, temperature=own.pretraining.pretext.temperature)
 
     def cross_entropy(theta: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.cross_entropy(F.linear(features(theta), weight, bias), labels)
@@ -95,18 +100,20 @@ def test_the_upper_gradient_is_the_formula_of_its_arm(name: str) -> None:
     effective = LAMBDA + DELTA
     expected: dict[str, Callable[[], Tensor]] = {
         "cg": lambda: effective * torch.linalg.solve(hessian + effective * identity, v),
+        "minres": lambda: effective * torch.linalg.solve(hessian + effective * identity, v),
+        "exact": lambda: effective * torch.linalg.solve(hessian + effective * identity, v),
         "neumann": lambda: effective * torch.linalg.solve(hessian + effective * identity, v),
         "damped": lambda: LAMBDA * torch.linalg.solve(hessian + effective * identity, v),
-        "first-order": lambda: v,
+        "one-step": lambda: v,
         "no-implicit": lambda: torch.zeros_like(v),
     }
     before_heads = [p.clone() for p in head]
-    graph(pretext, downstream, trial, name).step()
+    own.graph(downstream, trial, name).step()
 
     moved = here - _flat(downstream.encoder.parameters())
     # CG stops at a relative residual of 1e-5; its error is at most residual / smallest eigenvalue
     smallest = torch.linalg.eigvalsh(hessian)[0] + effective
-    bound = 1e-5 * effective * v.norm() / smallest if name in ("cg", "damped") else 1e-9
+    bound = 1e-5 * effective * v.norm() / smallest if name in ("cg", "minres", "damped") else 1e-9
     assert (moved - expected[name]() - GAMMA * direct).norm() < bound
     for p, was, a, b in zip(downstream.head.parameters(), before_heads, below, above, strict=True):
         torch.testing.assert_close(was - p.detach(), a + GAMMA * b, rtol=1e-9, atol=1e-12)
@@ -114,15 +121,27 @@ def test_the_upper_gradient_is_the_formula_of_its_arm(name: str) -> None:
 
 
 def test_all_arms_run_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["bissl", "--preset", "tiny", "--data", "digits", "--seeds", "1", "--out", str(tmp_path)]
-    assert main(arguments) == 0
+    arguments = [
+        "--preset",
+        "tiny",
+        "--seeds",
+        "1",
+        "--method",
+        "cg",
+        "layerwise-cg",
+        "no-implicit",
+        "--out",
+        str(tmp_path),
+    ]
+    assert main(["bissl", *arguments]) == 0
     printed = capsys.readouterr().out
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
-    assert len(rows) == len(experiment.controls()) + len(cli.METHODS)
+    assert len(rows) == len(CONTROLS) + 3
     for row in rows:
         assert ("breakdowns" in row["measures"]) == row["arm"].startswith("BiSSL")
         assert row["arm"] in printed and 10 < row["measures"]["probe"] <= 100
-    assert (tmp_path / "figure.png").stat().st_size > 1000
+    for name in ("figure.png", "stages.png", "features.png"):
+        assert (tmp_path / name).stat().st_size > 1000
 
 
 @pytest.mark.slow
@@ -131,9 +150,9 @@ def test_the_effective_lambda_gains_on_the_shifted_domain(tmp_path: Path) -> Non
 
     One-sided 95% bounds by Student's t. In the trial run behind docs/bissl.md the mean gain was several points.
     """
-    assert main(["bissl", "--seeds", "10", "--out", str(tmp_path)]) == 0
+    assert main(["bissl", "--seeds", "10", "--method", "cg", "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "results.json").read_text())
-    gains = found["paired_probe_gain"]["BiSSL cg"]
-    for over in (experiment.CONVENTIONAL, experiment.EXTRA_STEPS):
+    gains = found["paired_gain"]["probe"]["BiSSL cg"]
+    for over in (CONVENTIONAL, SAME_STEPS):
         assert gains[over]["gain"]["count"] == 10
         assert gains[over]["lower_bound_95"] > 0, gains[over]

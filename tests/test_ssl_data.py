@@ -85,8 +85,8 @@ def test_fashion_full_is_read_from_the_four_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("mnist", {}, "unknown data 'mnist'; expected one of fashion, digits, fashion-full"),
-        ("fashion", {"folder": "x"}, "read for 'fashion-full' only"),
+        ("mnist", {}, "unknown data 'mnist'; expected one of fashion, digits, fashion-full, cifar10"),
+        ("fashion", {"folder": "x"}, "folder='x' is not read for 'fashion'"),
         ("fashion-full", {}, "needs the folder that holds train-images-idx3-ubyte.gz"),
         ("digits", {"size": 40}, "size must lie between 1 and 16"),
         ("digits", {"num_labels": 5}, "num_labels=5 is less than one image for each of 10 classes"),

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from ssl_tasks.datasets import Data, Split
-from ssl_tasks.encoders import MLP, ConvNet, classifier_head, encoder, projection_head
+from ssl_tasks.encoders import MLP, ConvNet, EncoderName, classifier_head, encoder, projection_head
 from ssl_tasks.evaluate import effective_rank, fine_tune, knn, linear_probe
 from ssl_tasks.losses import nt_xent
+from ssl_tasks.vit import ViT
 
 
 @pytest.fixture
@@ -61,12 +62,14 @@ def test_bad_embeddings_are_refused(a: torch.Tensor, b: torch.Tensor, options: d
         nt_xent(a, b, **options)
 
 
-@pytest.mark.parametrize("name", ["mlp", "convnet"])
-def test_encoders_have_the_promised_shape_and_their_own_seed(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "widths"), [("mlp", None), ("convnet", None), ("resnet18", (8,)), ("resnet50", (8,)), ("vit", None)]
+)
+def test_encoders_have_the_promised_shape_and_their_own_seed(name: EncoderName, widths: tuple[int, ...] | None) -> None:
     before = torch.get_rng_state()
-    one, two, other = (encoder(name, (1, 14, 14), seed=seed) for seed in (0, 0, 1))
+    one, two, other = (encoder(name, (3, 14, 14), widths=widths, seed=seed).eval() for seed in (0, 0, 1))
     assert torch.equal(torch.get_rng_state(), before)
-    images = torch.rand(3, 1, 14, 14)
+    images = torch.rand(3, 3, 14, 14)
     assert one(images).shape == (3, one.dim)
     assert torch.equal(one(images), two(images)) and not torch.equal(one(images), other(images))
     assert projection_head(one.dim, out=7)(one(images)).shape == (3, 7)
@@ -74,8 +77,18 @@ def test_encoders_have_the_promised_shape_and_their_own_seed(name: str) -> None:
 
 
 def test_bad_encoders_are_refused() -> None:
-    with pytest.raises(ValueError, match="unknown encoder 'vit'"):
-        encoder("vit", (1, 14, 14), seed=0)
+    with pytest.raises(ValueError, match="unknown encoder 'vgg'; expected one of mlp, convnet, resnet18"):
+        encoder("vgg", (1, 14, 14), seed=0)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="at least 8 pixels a side, got 4 x 4"):
+        encoder("resnet18", (1, 4, 4), seed=0)
+    with pytest.raises(ValueError, match="widths of resnet50 must be 1 number, the first stage's channels; got"):
+        encoder("resnet50", (1, 16, 16), widths=(8, 8), seed=0)
+    with pytest.raises(ValueError, match="widths of vit must be 2 numbers, its dimension and its depth"):
+        encoder("vit", (1, 16, 16), widths=(8,), seed=0)
+    with pytest.raises(ValueError, match="patches of 5 pixels do not divide an image of 14 x 14"):
+        ViT((1, 14, 14), patch=5)
+    with pytest.raises(ValueError, match="dim=10 is no multiple of heads=4"):
+        ViT((1, 14, 14), dim=10)
     with pytest.raises(ValueError, match="norm must be"):
         ConvNet((1, 14, 14), norm="layer")
     with pytest.raises(ValueError, match="at least one width"):
