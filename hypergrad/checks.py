@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from hypergrad._flat import Params
 from hypergrad._untouched import untouched
 from hypergrad.composite import Composite
-from hypergrad.methods import SAMA, FiniteDifference, Implicit, Method, OneStep, Penalty
+from hypergrad.methods import Implicit, Method
 from hypergrad.methods._refusals import check_fixed_point
 from hypergrad.problem import Problem
 from hypergrad.runner import Runner
@@ -88,17 +88,14 @@ def check_runner(runner: Runner, upper: Params) -> None:
 def _check_method(runner: Runner, method: Method, upper: Params) -> None:
     """Raise a ValueError if the run this problem will make is one that its method does not describe."""
     name, problem = runner.name, runner.problem
-    decoupled: Literal["refuse", "ignore"] = "ignore"
+    _check_batches(runner, method)
     if isinstance(method, Implicit):
-        decoupled = method.decoupled
         _check_implicit(runner, method)
-    elif isinstance(method, Penalty):
-        decoupled = "refuse"
-    if isinstance(method, (Implicit, OneStep, FiniteDifference, SAMA, Penalty)):
+    if method.fixed_point is not None:
         step = Step(recipe=runner.recipe(runner.bound), batch=None, index=0, random=None)
         with untouched(runner.layout.device):
             try:
-                check_fixed_point(method, _run_of(runner, (step,) * problem.steps), upper, decoupled=decoupled)
+                check_fixed_point(method, _run_of(runner, (step,) * problem.steps), upper, decoupled=method.fixed_point)
             except ValueError as error:
                 raise ValueError(f"problem {name!r}: {error}") from error
 
@@ -108,24 +105,29 @@ def _run_of(runner: Runner, steps: tuple[Step, ...]) -> Trajectory:
     return Trajectory(layout=runner.layout, end_flat=flat, names=tuple(runner.used), loss=runner.loss, steps=steps)
 
 
+def _check_batches(runner: Runner, method: Method) -> None:
+    """Raise a ValueError if the method asks for batches that the problem's run does not have."""
+    problem, kind = runner.problem, type(method).__name__
+    if method.num_batches is not None and method.num_batches > problem.steps:
+        raise ValueError(
+            f"problem {runner.name!r}: {kind}(batches={method.num_batches}) reads the run's last batches, and the run "
+            f"takes steps={problem.steps}. Lower batches, take more steps, or draw new ones with fresh=True."
+        )
+    if method.num_fresh and problem.data is None:
+        raise ValueError(
+            f"problem {runner.name!r}: {kind}(fresh=True) draws batches of its own, and the problem has no data. Give "
+            "it data=, or leave fresh=False."
+        )
+
+
 def _check_implicit(runner: Runner, method: Implicit) -> None:
-    name, problem = runner.name, runner.problem
+    name = runner.name
     loss: Any = runner.response or runner.loss
     if method.curvature == "gauss_newton" and not isinstance(loss, Composite):
         nested = f"; with levels below ({runner.nested}) its structure is lost" if runner.nested else ""
         raise ValueError(
             f"problem {name!r}: curvature='gauss_newton' needs hg.Composite(outputs, criterion, penalty=None) as the "
             f"loss, to tell the model from the criterion{nested}. Wrap it, or use curvature='hessian'."
-        )
-    if method.batches > problem.steps and not method.fresh:
-        raise ValueError(
-            f"problem {name!r}: Implicit(batches={method.batches}) averages the run's last batches, and the run takes "
-            f"steps={problem.steps}. Lower batches, take more steps, or draw new ones with fresh=True."
-        )
-    if method.fresh and problem.data is None:
-        raise ValueError(
-            f"problem {name!r}: Implicit(fresh=True) draws batches of its own, and the problem has no data. Give it "
-            "data=, or leave fresh=False."
         )
     if method.over is not None:
         try:

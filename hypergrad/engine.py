@@ -22,7 +22,7 @@ from hypergrad.faults import Faults, Gradient, OnBreakdown, OnNonfinite
 from hypergrad.graph import Graph
 from hypergrad.history import History, Record
 from hypergrad.loop import named, run
-from hypergrad.methods import Implicit, Pulled, Reptile, ResponseMethod
+from hypergrad.methods import Pulled, Reptile, ResponseMethod
 from hypergrad.network import Network, own
 from hypergrad.problem import Problem, loss_value
 from hypergrad.product_check import check_product
@@ -235,9 +235,9 @@ class Engine:
             for index in range(max((p.steps for p in due), default=0)):
                 self._step_level(level, [p for p in due if index < p.steps], index, record)
         for problem in due:
-            if isinstance(problem.method, Implicit) and problem.method.fresh:
+            if problem.method is not None and problem.method.num_fresh:
                 runner = self.runners[problem.name]
-                runner.fresh = [self._draw(runner, 0) for _ in range(problem.method.batches)]
+                runner.fresh = [self._draw(runner, 0) for _ in range(problem.method.num_fresh)]
         return bool(due)
 
     def _steps_above(self, level: int) -> int:
@@ -373,11 +373,11 @@ class Engine:
                 return value
 
             with replaying(random):
-                pulled: Pulled = method.total(upper_loss, trajectory, upper, batch, None)
+                pulled: Pulled = method.total(upper_loss, trajectory, upper, batch, runner.warm.get(top.name))
         else:
             pulled = method.vjp(trajectory, upper, ravel(runner, cotangent), runner.warm.get(top.name))
-            if pulled.state is not None:
-                runner.warm[top.name] = pulled.state
+        if pulled.state is not None:
+            runner.warm[top.name] = pulled.state
         for key, stat in pulled.stats.items():
             record.put(runner.name, key, stat)
         return pulled

@@ -17,16 +17,7 @@ from hypergrad._tape import second_order
 from hypergrad.composite import Composite
 from hypergrad.graph import Graph
 from hypergrad.history import Record
-from hypergrad.methods import (
-    SAMA,
-    FiniteDifference,
-    Implicit,
-    Method,
-    OneStep,
-    Penalty,
-    ResponseMethod,
-    best_response,
-)
+from hypergrad.methods import Method, ResponseMethod, best_response
 from hypergrad.network import Function, Network, own
 from hypergrad.optim import Bound, from_torch, read_options, read_state
 from hypergrad.problem import Problem, criterion_value, loss_value, penalty_value
@@ -97,7 +88,7 @@ class Runner:
         self.bound = self.bind()
         self.layout = self.bound.layout
         self.recording = self._plan(method)
-        self.last = None if self._runs_again() else _steps_read(method)
+        self.last = None if method is None or self._runs_again() else method.num_batches
         """How many of the run's last steps its method reads; None for all, or where that is not known."""
 
     def _plan(self, method: Method | None) -> Recording | None:
@@ -409,8 +400,8 @@ class Runner:
                 the end of the window alone see these; those that go through its steps see what these saw.
         """
         end = self.layout.record(self.used)
-        window = self.window
-        if below and _steps_read(self.problem.method) is not None:
+        window, method = self.window, self.problem.method
+        if below and method is not None and method.num_batches is not None:
             window = [
                 replace(step, batch=Nested(step.batch.batch, {**step.batch.records, **below}))
                 if isinstance(step.batch, Nested)
@@ -444,10 +435,3 @@ class Runner:
             start=start if started else None,
             response=self.response,
         )
-
-
-def _steps_read(method: Method | None) -> int | None:
-    """Return how many of a run's last steps the method reads; None where that is not known, or all."""
-    if isinstance(method, Implicit):
-        return 1 if method.fresh else method.batches
-    return 1 if isinstance(method, (OneStep, FiniteDifference, SAMA, Penalty)) else None

@@ -110,7 +110,7 @@ def linearize(
         compile: compile the gradient and its products; for a loss, not a root, under curvature "hessian".
     """
     responding = Responding.of(trajectory, over)
-    samples = _samples(trajectory, batches)
+    samples = samples_of(trajectory, batches)
     point = responding.select(trajectory.end_flat if at is None else at)
     if compile:
         compiled = compiled_stationarity(trajectory, responding, samples, compile)
@@ -206,7 +206,8 @@ def _part(value: Tensor | float, responding: Responding) -> Tensor | float:
     return float(value)
 
 
-def _samples(trajectory: Trajectory, batches: int) -> list[Sample]:
+def samples_of(trajectory: Trajectory, batches: int) -> list[Sample]:
+    """Return the last `batches` batches of the run with their random draws; a ValueError if there are fewer."""
     samples = trajectory.samples(batches)
     if len(samples) < batches:
         raise ValueError(

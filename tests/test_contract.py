@@ -52,6 +52,11 @@ METHODS: dict[str, list[tuple[hg.Method, dict[str, Any]]]] = {
     "OneStep": [(hg.OneStep(), {}), (hg.OneStep(step_size=0.3), {})],
     "FiniteDifference": [(hg.FiniteDifference(), {})],
     "SAMA": [(hg.SAMA(), {})],
+    "SOBA": [(hg.SOBA(), {}), (hg.SOBA(step_size=0.3), {})],
+    "AmIGO": [(hg.AmIGO(), {}), (hg.AmIGO(3, step_size=0.3, batches=2), {})],
+    "StocBiO": [(hg.StocBiO(), {}), (hg.StocBiO(3, step_size=0.3, batches=4), {})],
+    "F2SA": [(hg.F2SA(5.0, growth=0.1), {}), (hg.F2SA(2.0, step_size=0.1, steps=3), {})],
+    "BOME": [(hg.BOME(), {}), (hg.BOME(step_size=0.1, eta=0.3, barrier="value"), {})],
     "Penalty": [(hg.Penalty(10.0, steps=5), {"tolerance": 1e-6})],
 }
 NO_GRADIENT = {"Reptile"}  # an update direction; it says so when asked for a hypergradient

@@ -22,7 +22,8 @@ def exported() -> list[type[hg.Method]]:
     """Return the methods that the package exports, in the order in which one would consider them."""
     names = [name for name in hg.methods.__all__ if inspect.isclass(getattr(hg.methods, name))]
     kinds = [getattr(hg.methods, name) for name in names]
-    first = ["Implicit", "Unrolled", "ForwardUnrolled", "OneStep", "FiniteDifference", "SAMA", "Penalty", "Reptile"]
+    first = ["Implicit", "Unrolled", "ForwardUnrolled", "OneStep", "FiniteDifference", "SAMA", "Penalty", "SOBA"]
+    first += ["AmIGO", "StocBiO", "F2SA", "BOME", "Reptile"]
     concrete = [k for k in kinds if issubclass(k, hg.Method) and not inspect.isabstract(k)]
     return sorted(concrete, key=lambda k: first.index(k.__name__) if k.__name__ in first else len(first))
 

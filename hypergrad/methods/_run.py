@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from hypergrad._flat import Params
 from hypergrad._functional import in_transform, scalar
-from hypergrad._random import replaying
+from hypergrad._random import RandomState, random_state, replaying
 from hypergrad._tape import add, named, upper_gradient, vjp
 from hypergrad.methods._refusals import check_run
-from hypergrad.methods.base import Method
+from hypergrad.methods.base import Method, UpperLoss
 from hypergrad.trajectory import Trajectory
 
 
@@ -35,11 +38,20 @@ def loss_gradient(trajectory: Trajectory, flat: Tensor, upper: Params) -> Params
         return upper_gradient(value, upper)
 
 
-def objective(trajectory: Trajectory, flat: Tensor, upper: Params) -> Tensor:
-    """Return what the lower level minimizes: its loss (negated under `maximize`) plus coupled weight decay."""
+Sample = tuple[Any, RandomState | None]
+"""A batch and the random draws that go with it."""
+
+
+def objective(
+    method: Method, trajectory: Trajectory, flat: Tensor, upper: Params, sample: Sample | None = None
+) -> Tensor:
+    """Return what the lower level minimizes: its loss (negated under `maximize`) plus coupled weight decay.
+
+    On `sample`, or the run's last batch and random draws.
+    """
     loss = trajectory.response or trajectory.loss
     assert loss is not None
-    ((batch, random),) = trajectory.samples(1)
+    batch, random = trajectory.samples(1)[0] if sample is None else sample
     with replaying(random):
         value = scalar(loss(trajectory.named(flat), upper, batch), "the lower loss")
     if not trajectory.steps:
@@ -49,11 +61,48 @@ def objective(trajectory: Trajectory, flat: Tensor, upper: Params) -> Tensor:
     sign = bound.sign()
     if isinstance(sign, Tensor):
         raise ValueError(
-            "Penalty: some parameter groups of the lower optimizer maximize and others minimize, so the lower level "
-            "has no single objective to penalize. Use hg.Implicit."
+            f"{type(method).__name__}: some parameter groups of the lower optimizer maximize and others minimize, so "
+            "the lower level has no single objective to penalize. Use hg.Implicit."
         )
     decay = bound.decay(last.recipe.hyper_values(upper, last.index)).coupled
     return sign * value + 0.5 * torch.sum(decay * flat * flat)
+
+
+def upper_objective(upper_loss: UpperLoss, trajectory: Trajectory, batch: Any) -> Callable[[Tensor, Params], Tensor]:
+    """Return the upper loss as a function (flat lower, upper), with the same random draws at every call."""
+    drawn = random_state(trajectory.layout.device)
+
+    def value(flat: Tensor, upper: Params) -> Tensor:
+        with replaying(drawn):
+            return scalar(upper_loss(trajectory.named(flat), upper, batch), "the upper loss")
+
+    return value
+
+
+def joint_gradient(
+    function: Callable[[Tensor, Params], Tensor], flat: Tensor, upper: Params
+) -> tuple[Tensor, Tensor, Params]:
+    """Return the value of `function` and its gradients in the flat lower and in `upper`, from one backward pass."""
+    if in_transform():
+        (lower_grad, upper_grad), value = torch.func.grad_and_value(function, argnums=(0, 1))(flat, upper)
+        return value, lower_grad, upper_grad
+    with torch.enable_grad():
+        leaf = flat.detach().requires_grad_()
+        leaves = {name: u.detach().requires_grad_() for name, u in upper.items()}
+        value = function(leaf, leaves)
+        if not value.requires_grad:
+            return value.detach(), torch.zeros_like(flat), {}
+        grads = torch.autograd.grad(value, [leaf, *leaves.values()], allow_unused=True)
+    return value.detach(), torch.zeros_like(flat) if grads[0] is None else grads[0], named(leaves, grads[1:])
+
+
+def require_dependence(upper: Params, grad: Params) -> None:
+    """Raise a ValueError if no gradient in `upper` was found."""
+    if not grad:
+        raise ValueError(
+            f"nothing depends on upper={list(upper)}: neither the upper loss nor the lower level reads it. Use the "
+            "`upper` argument inside the losses, and do not detach it."
+        )
 
 
 def decay_gradient(trajectory: Trajectory, upper: Params, direction: Tensor) -> Params:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -66,6 +66,24 @@ class Method(ABC):
     def differentiates_optimizer(self) -> bool:
         """Return whether more of the lower optimizer is read than its weight decay; if not, any class will do."""
         return True
+
+    @property
+    def fixed_point(self) -> Literal["refuse", "ignore"] | None:
+        """Return None if any run will do; else the run must end at a fixed point of loss and coupled weight decay.
+
+        The word says what is to be done about decoupled decay, which moves that point.
+        """
+        return None
+
+    @property
+    def num_batches(self) -> int | None:
+        """Return how many of the run's last steps are read; None for all, or where that is not known."""
+        return None
+
+    @property
+    def num_fresh(self) -> int:
+        """Return how many batches an engine draws for this method alone after each lower run; 0 to read the run's."""
+        return 0
 
     def recording(self, num_steps: int) -> Recording:  # noqa: ARG002 - for methods that read less
         """Return which states of a run of `num_steps` this method reads."""

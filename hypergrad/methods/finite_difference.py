@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -55,6 +55,16 @@ class FiniteDifference(ResponseMethod):
     def differentiates_optimizer(self) -> bool:
         """Return whether the learning rate is read."""
         return self.step_size is None
+
+    @property
+    def fixed_point(self) -> Literal["ignore"]:
+        """Return that the run must end at a fixed point; decoupled decay is left out."""
+        return "ignore"
+
+    @property
+    def num_batches(self) -> int:
+        """Return that the last batch is read."""
+        return 1
 
     def recording(self, num_steps: int) -> Recording:
         """Return that only the last state is read."""

@@ -124,6 +124,21 @@ class Implicit(ResponseMethod):
         """Return whether more than the weight decay is read: only a preconditioner from the second moment does."""
         return isinstance(self.solver, CG) and isinstance(self.solver.preconditioner, SecondMoment)
 
+    @property
+    def fixed_point(self) -> Literal["refuse", "ignore"]:
+        """Return what to do about decoupled decay; the run must end at a fixed point."""
+        return self.decoupled
+
+    @property
+    def num_batches(self) -> int:
+        """Return how many of the run's last batches are averaged."""
+        return 1 if self.fresh else self.batches
+
+    @property
+    def num_fresh(self) -> int:
+        """Return how many batches are drawn anew."""
+        return self.batches if self.fresh else 0
+
     def recording(self, num_steps: int) -> Recording:
         """Return that only the last state is read."""
         return Recording(first=num_steps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
@@ -50,6 +51,16 @@ class OneStep(ResponseMethod):
     def differentiates_optimizer(self) -> bool:
         """Return whether the learning rate is read."""
         return self.step_size is None
+
+    @property
+    def fixed_point(self) -> Literal["ignore"]:
+        """Return that the run must end at a fixed point; decoupled decay is left out."""
+        return "ignore"
+
+    @property
+    def num_batches(self) -> int:
+        """Return that the last batch is read."""
+        return 1
 
     def recording(self, num_steps: int) -> Recording:
         """Return that only the last state is read."""

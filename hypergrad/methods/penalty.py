@@ -5,18 +5,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from hypergrad._flat import Params
-from hypergrad._functional import in_transform, scalar
-from hypergrad._random import random_state, replaying
+from hypergrad._functional import in_transform
 from hypergrad._result import Stats
 from hypergrad._tape import add, gradient, upper_gradient
 from hypergrad.methods._refusals import check_fixed_point, check_loss, check_number, check_option, refuse_state
-from hypergrad.methods._run import objective
+from hypergrad.methods._run import objective, require_dependence, upper_objective
 from hypergrad.methods.base import Method, Total, UpperLoss, partials
 from hypergrad.optim import SGD, Decay, Optimizer
 from hypergrad.step import Recording
@@ -75,6 +74,16 @@ class Penalty(Method):
         """Return that only the weight decay is read."""
         return False
 
+    @property
+    def fixed_point(self) -> Literal["refuse"]:
+        """Return that the run must end at a fixed point."""
+        return "refuse"
+
+    @property
+    def num_batches(self) -> int:
+        """Return that the last batch is read."""
+        return 1
+
     def recording(self, num_steps: int) -> Recording:
         """Return that only the last state is read."""
         return Recording(first=num_steps)
@@ -86,22 +95,13 @@ class Penalty(Method):
         refuse_state(self, state)
         check_loss(self, trajectory)
         check_fixed_point(self, trajectory, upper, decoupled="refuse")
-        drawn = random_state(trajectory.layout.device)
+        upper_at = upper_objective(upper_loss, trajectory, batch)
         value, _, _ = partials(upper_loss, trajectory, upper, batch)
-
-        def upper_at(flat: Tensor, u: Params) -> Tensor:
-            with replaying(drawn):
-                return scalar(upper_loss(trajectory.named(flat), u, batch), "the upper loss")
-
         penalized = self._descend(upper_at, trajectory, upper)
         direct = upper_gradient(lambda u: upper_at(penalized, u), upper)
-        ahead = upper_gradient(lambda u: objective(trajectory, penalized, u), upper)
-        behind = upper_gradient(lambda u: objective(trajectory, trajectory.end_flat, u), upper)
-        if not direct and not ahead:
-            raise ValueError(
-                f"nothing depends on upper={list(upper)}: neither the upper loss nor the lower level reads it. Use the "
-                "`upper` argument inside the losses, and do not detach it."
-            )
+        ahead = upper_gradient(lambda u: objective(self, trajectory, penalized, u), upper)
+        behind = upper_gradient(lambda u: objective(self, trajectory, trajectory.end_flat, u), upper)
+        require_dependence(upper, {**direct, **ahead})
         response = {name: self.strength * (ahead[name] - behind[name]) for name in ahead if name in behind}
         count = torch.full((), 2 * self.steps + 3, dtype=torch.int64, device=penalized.device)
         return Total(add(direct, response), None, Stats(num_gradients=count), None, value)
@@ -110,7 +110,7 @@ class Penalty(Method):
         """Return w_lambda, flat."""
 
         def penalized(flat: Tensor) -> Tensor:
-            return upper_at(flat, upper) / self.strength + objective(trajectory, flat, upper)
+            return upper_at(flat, upper) / self.strength + objective(self, trajectory, flat, upper)
 
         flat = trajectory.end_flat
         state = self.optimizer.init(flat)

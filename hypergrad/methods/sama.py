@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -60,6 +60,16 @@ class SAMA(ResponseMethod):
     def __post_init__(self) -> None:
         """Validate the options."""
         check_number("SAMA", "epsilon", self.epsilon)
+
+    @property
+    def fixed_point(self) -> Literal["ignore"]:
+        """Return that the run must end at a fixed point; decoupled decay is left out."""
+        return "ignore"
+
+    @property
+    def num_batches(self) -> int:
+        """Return that the last batch is read."""
+        return 1
 
     def recording(self, num_steps: int) -> Recording:
         """Return that only the last state is read."""

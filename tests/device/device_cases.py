@@ -50,6 +50,13 @@ def methods(check_every: Any = None) -> dict[str, hg.Method]:
         "OneStep-step": hg.OneStep(step_size=0.1),
         "FiniteDifference": hg.FiniteDifference(),
         "SAMA": hg.SAMA(),
+        "SOBA": hg.SOBA(),
+        "SOBA-step": hg.SOBA(step_size=0.1),
+        "AmIGO": hg.AmIGO(steps=3, batches=2),
+        "StocBiO": hg.StocBiO(num_products=3, step_size=0.1, batches=2),
+        "F2SA": hg.F2SA(5.0, growth=0.5, steps=2),
+        "BOME": hg.BOME(),
+        "BOME-value": hg.BOME(step_size=0.1, barrier="value"),
         "Penalty": hg.Penalty(strength=5.0, optimizer=hg.optim.SGD(lr=0.1), steps=3),
     }
 

@@ -90,6 +90,8 @@ def test_the_first_order_methods_in_one_graph_returning_what_the_caller_picks():
         hg.FiniteDifference(),
         hg.SAMA(),
         hg.Penalty(strength=5.0, optimizer=hg.optim.SGD(lr=0.1), steps=1),
+        hg.F2SA(strength=5.0),
+        hg.BOME(),
     ]
 
     def function(lower, upper, batches):

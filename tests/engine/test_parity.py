@@ -26,6 +26,11 @@ METHODS: dict[str, hg.Method] = {
     "finite_difference": hg.FiniteDifference(),
     "sama": hg.SAMA(),
     "penalty": hg.Penalty(steps=2),
+    "soba": hg.SOBA(),
+    "amigo": hg.AmIGO(steps=2, batches=2, step_size=1e-3),
+    "stocbio": hg.StocBiO(num_products=2, step_size=1e-3),
+    "f2sa": hg.F2SA(steps=2),
+    "bome": hg.BOME(),
 }
 
 
