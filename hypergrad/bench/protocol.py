@@ -37,7 +37,7 @@ class Request:
         method: one of the offers' names; empty to ask for the offers for this problem.
         settings: that offer's settings.
         size, seed, dtype: what the problem is built with; dtype is "float32" or "float64".
-        repeats: how often to time, at most.
+        repeats: how often to time, at most; 0 for a single call, whose time counts as it is.
         warmup: calls before that, beyond the first.
         threads: for intra-operation parallelism.
         budget: seconds after which no further repeat is begun.
@@ -85,7 +85,8 @@ class Response:
         gradient: the file with d upper_loss / d upper by name, in the request's `out`.
         note: what a reader of the table should know.
         versions: of what did it.
-        offers: the answer to a request without a method.
+        offers: the answer to a request without a method,
+        facts: with what the problem is: kind, num_lower, num_upper, num_steps, notes.
     """
 
     ok: bool
@@ -100,6 +101,7 @@ class Response:
     note: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     offers: list[Offer] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
 
     def encode(self) -> str:
         """Return the response as one line."""

@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from .problems.base import Task
 from .problems.catalogue import build
@@ -150,29 +151,41 @@ def answer(contender: Contender, task: Task, request: Request) -> Response:
     torch.set_num_threads(request.threads)
     torch.manual_seed(request.seed)
     if not request.method:
-        return Response(ok=True, offers=contender.offers(task, request.size), versions=contender.versions())
+        offers = contender.offers(task, request.size)
+        return Response(ok=True, offers=offers, facts=_facts(task), versions=contender.versions())
     _touch(task)
     run = contender.prepare(task, request.method, request.settings)
     began = time.perf_counter()
     outcome = run()
     first = time.perf_counter() - began
-    seconds = _repeat(run, first, request)
+    compiles = bool(request.settings.get("compile"))
+    once = request.repeats == 0 or (first > request.budget and not compiles)
+    seconds = [first] if once else _repeat(run, request)
     name = "gradient.npz"
     arrays: dict[str, Any] = {key: g.detach().cpu().double().numpy() for key, g in outcome.gradient.items()}
     np.savez(Path(request.out) / name, **arrays)
-    compiles = bool(request.settings.get("compile"))
     return Response(
         ok=True,
         seconds=seconds,
         first_seconds=first,
         compile_seconds=max(first - float(np.median(seconds)), 0.0) if compiles else None,
-        peak_bytes=_peak_bytes(run) if first < request.budget or compiles else None,
+        peak_bytes=None if once else _peak_bytes(run),
         num_products=outcome.num_products,
-        num_gradients=None if compiles or first > request.budget else _evaluations(contender, task, request),
+        num_gradients=None if once or compiles else _evaluations(contender, task, request),
         gradient=name,
         note=outcome.note,
         versions=contender.versions(),
     )
+
+
+def _facts(task: Task) -> dict[str, Any]:
+    return {
+        "kind": task.kind,
+        "num_lower": sum(w.numel() for w in task.lower.values()),
+        "num_upper": sum(u.numel() for u in task.upper.values()),
+        "num_steps": task.steps if task.kind == "implicit" else len(task.lower_batches),
+        "notes": task.notes,
+    }
 
 
 def _touch(task: Task) -> None:
@@ -188,18 +201,16 @@ def _touch(task: Task) -> None:
 
 def _first(batch: Any) -> Any:
     """Return the first task's part of a batch whose tensors lead with the number of tasks."""
-    return torch.utils._pytree.tree_map(lambda leaf: leaf[0] if isinstance(leaf, Tensor) else leaf, batch)
+    return pytree.tree_map(lambda leaf: leaf[0] if isinstance(leaf, Tensor) else leaf, batch)
 
 
-def _repeat(run: Callable[[], Outcome], first: float, request: Request) -> list[float]:
-    """Return the seconds of each repeat; of the first call alone where one call exceeds the budget."""
-    if first > request.budget and not request.settings.get("compile"):
-        return [first]
+def _repeat(run: Callable[[], Outcome], request: Request) -> list[float]:
+    """Return the seconds of each repeat, as many as the request and its budget allow, at least one."""
     began = time.perf_counter()
     for _ in range(request.warmup):
         run()
     seconds: list[float] = []
-    while len(seconds) < request.repeats:
+    for _ in range(request.repeats):
         start = time.perf_counter()
         run()
         now = time.perf_counter()

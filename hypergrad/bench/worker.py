@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 import hypergrad
 from hypergrad.bench.contenders import ladder
@@ -118,12 +119,12 @@ def _over_tasks(task: Task, method: Method, *, together: bool) -> Outcome:
         )
         return hypergradient(task.upper_loss, trajectory, upper, method=method, batch=upper_batch, throw=False)
 
-    tree_map = torch.utils._pytree.tree_map
+    tree_map = pytree.tree_map
     if together:
         all_of = torch.func.vmap(one, in_dims=(None, 0, 0), randomness="different")
         stacked = all_of(task.upper, task.lower_batches, task.upper_batch)
         return Outcome({name: g.mean(0) for name, g in stacked.grad.items()})
-    count = len(torch.utils._pytree.tree_leaves(task.upper_batch)[0])
+    count = len(pytree.tree_leaves(task.upper_batch)[0])
     total: Params = {}
     for index in range(count):
 
