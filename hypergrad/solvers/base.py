@@ -216,6 +216,15 @@ def finish(
     )
 
 
+def room(vector: Tensor, other: Tensor) -> Tensor | None:
+    """Return where an update of `vector` by `other` may be written: in its place, or None in a new tensor.
+
+    On CPU, fresh memory for a vector of a megabyte costs more than the arithmetic. Transforms and differentiation need
+    the old value.
+    """
+    return None if in_transform() or vector.requires_grad or other.requires_grad else vector
+
+
 def choose(condition: Tensor, yes: Result | Tensor, no: Result | Tensor) -> Tensor:
     """Return the code `yes` where `condition` holds, else `no`, as a 0-dim int64 tensor."""
     codes = [code.tensor(condition.device) if isinstance(code, Result) else code for code in (yes, no)]

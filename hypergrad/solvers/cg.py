@@ -22,6 +22,7 @@ from hypergrad.solvers.base import (
     check_system,
     choose,
     finish,
+    room,
     start,
 )
 
@@ -104,7 +105,7 @@ class CG(Solver):
         d, r, tol_squared = torch.zeros_like(begun.r), begun.r, begun.tol * begun.tol
         zero = torch.zeros((), dtype=b.dtype, device=b.device)
         rr = torch.dot(r, r)
-        p = r if apply is None else apply(r)
+        p = r.clone() if apply is None else apply(r)
         rho = rr if apply is None else torch.dot(r, p)
         live = torch.where(rr > tol_squared, rho, zero)  # r.M r while the solve goes on, else 0
         curvature, moves = rr, []
@@ -119,12 +120,15 @@ class CG(Solver):
             alpha = torch.nan_to_num(live / curvature, nan=0.0, posinf=0.0, neginf=0.0).clamp(min=0.0)
             moved = alpha > 0
             moves.append(moved)
-            d = torch.addcmul(d, p, alpha)
-            r = torch.addcmul(r, Ap, alpha, value=-1)  # NaN after a product that is not finite; no one reads it then
+            d = torch.addcmul(d, p, alpha, out=room(d, p))
+            r = torch.addcmul(r, Ap, alpha, value=-1, out=room(r, Ap))  # NaN after such a product; no one reads it
             rr_new = torch.dot(r, r)
             z = r if apply is None else apply(r)
             rho = rr_new if apply is None else torch.dot(r, z)
-            p = torch.where(moved, torch.addcmul(z, p, rho / live), p)
+            if interval == 1:  # once nothing moves no one reads p
+                p = torch.addcmul(z, p, rho / live, out=room(p, z))
+            else:
+                p = torch.where(moved, torch.addcmul(z, p, rho / live), p)
             rr = torch.where(moved, rr_new, rr)
             live = torch.where(moved & (rr > tol_squared), rho, zero)
 
