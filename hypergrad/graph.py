@@ -93,6 +93,20 @@ class Graph:
         relevant = {*self.reaching(top), top}
         return [other for other in self.depends(name) if other in relevant]
 
+    def moving(self, name: str) -> list[str]:
+        """Return the problems that `name` sees as constants and that step before all of its readers have pulled on it.
+
+        Those of the top level do not: they step last. Nor is one a constant to a reader whose gradient passes it.
+        """
+
+        def is_constant(other: str) -> bool:
+            readers = [t for t in self.problems if self.level_of[t] > level and name in self.reaching(t)]
+            return any(other not in self.targets(name, t) for t in readers)
+
+        level, top = self.level_of[name], len(self.levels) - 1
+        seen = self.reads[name].accessed - {name, *self.below(name)}
+        return sorted(other for other in seen if self.level_of[other] < top and is_constant(other))
+
     def overtaken(self, name: str) -> set[str]:
         """Return the problems below `name` that it reads past a level between which moves them.
 

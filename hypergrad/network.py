@@ -82,6 +82,7 @@ class Network:
     def __init__(self, problems: Sequence[Problem]) -> None:
         """Hold the problems' modules, without copying them."""
         self.problems = {p.name: p for p in problems}
+        self._kept: dict[str, tuple[list[tuple[int, int]], Params]] = {}
         self._variables = {p.name: p.variables() for p in problems}
         self._modules = {p.name: p.module for p in problems}
         self._whole = self._view(Models(self._modules))
@@ -156,6 +157,15 @@ class Network:
     def variables(self, name: str) -> Params:
         """Return the problem's variables as they are, detached, under "problem.parameter"."""
         return {f"{name}.{key}": p.detach() for key, p in self._variables[name].items()}
+
+    def kept_variables(self, name: str) -> Params:
+        """Return copies of the same, one copy for as long as they do not change."""
+        present = self.variables(name)
+        versions = [(p._version, p.data_ptr()) for p in present.values()]
+        found = self._kept.get(name)
+        if found is None or found[0] != versions:
+            found = self._kept[name] = (versions, {key: p.clone() for key, p in present.items()})
+        return found[1]
 
 
 def _evaluate(view: _View, function: Function, overrides: Params, owner: str | None) -> Any:

@@ -23,17 +23,20 @@ from hypergrad.optim import Bound, from_torch, read_options, read_state
 from hypergrad.problem import Problem, criterion_value, loss_value, penalty_value
 from hypergrad.snapshot import restore, snapshot
 from hypergrad.source import Source
-from hypergrad.step import Recipe, Recording, States, Step
+from hypergrad.step import Recipe, Recording, States, Step, versions
 from hypergrad.stepper import Stepper
 from hypergrad.trajectory import Trajectory
 
 
 @dataclass(frozen=True)
-class Nested:
-    """A batch together with the records of the lower levels' runs that went with it."""
+class Surrounded:
+    """A batch together with what the other levels were when it was seen."""
 
     batch: Any
     records: Mapping[str, Trajectory]
+    """The runs of the lower levels that respond."""
+    constants: Params
+    """The variables of problems that it sees as constants and that move on before its run is differentiated."""
 
 
 class Runner:
@@ -81,6 +84,7 @@ class Runner:
             for key, p in self.graph.problems[other].variables().items()
         }
         self.leaves = {(self.name, key): p for key, p in self.variables.items()} | self.watched
+        self.moving = self.graph.moving(self.name)
         self.loss = self._functional(self.problem.loss)
         self.response = None if self.problem.response is None else self._functional(self.problem.response)
         method = self.problem.method
@@ -143,8 +147,8 @@ class Runner:
 
         def value(lower: Params, upper: Params, batch: Any) -> Tensor:
             overrides = own(self.name, lower) | upper
-            if isinstance(batch, Nested):
-                overrides = self._respond(overrides, batch.records)
+            if isinstance(batch, Surrounded):
+                overrides = self._respond(dict(batch.constants) | overrides, batch.records)
                 batch = batch.batch
             scalar: Tensor = self._call(lambda models: loss_value(loss, models, batch, self.name)[0], overrides)
             return scalar
@@ -257,7 +261,7 @@ class Runner:
         bound = recipe.optimizer
         step = Step(
             recipe=recipe,
-            batch=Nested(batch, records) if records else batch,
+            batch=self.surrounded(batch, records),
             index=self.window_size,
             random=random,
             flat=bound.layout.record(self.used) if keeps else None,
@@ -265,6 +269,13 @@ class Runner:
         )
         self.window.append(step)
         return step
+
+    def surrounded(self, batch: Any, records: Mapping[str, Trajectory]) -> Any:
+        """Return the batch with what else its step saw; the batch itself where nothing can change behind it."""
+        constants: Params = {}
+        for other in self.moving:
+            constants.update(self.network.kept_variables(other))
+        return Surrounded(batch, records, constants) if records or constants else batch
 
     def forget_options(self) -> None:
         """Read the optimizer's options anew before the next step."""
@@ -334,9 +345,10 @@ class Runner:
         for name in self.graph.depends(self.name):
             above.update({key: v.requires_grad_() for key, v in self.network.variables(name).items()})
         with second_order():
-            value, metrics = self._evaluate(batch, own(self.name, self.layout.unravel(leaf)) | above)
+            seen = step.batch.constants if isinstance(step.batch, Surrounded) else {}
+            value, metrics = self._evaluate(batch, {**seen, **own(self.name, self.layout.unravel(leaf)), **above})
             (taped,) = torch.autograd.grad(value, leaf, create_graph=True)
-        self.window[-1] = replace(step, taped=taped, leaves=(leaf, above))
+        self.window[-1] = replace(step, taped=taped, leaves=(leaf, above), versions=versions(above))
         return value, metrics, {self.name: self.layout.unravel(taped.detach().clone())}  # clipped in place
 
     def evaluate_again(self, batch: Any) -> tuple[Tensor, Params]:
@@ -403,14 +415,14 @@ class Runner:
         window, method = self.window, self.problem.method
         if below and method is not None and method.num_batches is not None:
             window = [
-                replace(step, batch=Nested(step.batch.batch, {**step.batch.records, **below}))
-                if isinstance(step.batch, Nested)
+                replace(step, batch=replace(step.batch, records={**step.batch.records, **below}))
+                if isinstance(step.batch, Surrounded)
                 else step
                 for step in window
             ]
         if self.fresh and window:
             last = window[-1]
-            drawn = [Nested(b, last.batch.records) if isinstance(last.batch, Nested) else b for b in self.fresh]
+            drawn = [replace(last.batch, batch=b) if isinstance(last.batch, Surrounded) else b for b in self.fresh]
             window = [*window[:-1], *(replace(last, batch=batch) for batch in drawn)]
         states = (
             ()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hypergrad._random import random_state, restore_random_state
-from hypergrad.runner import Nested, Runner
+from hypergrad.runner import Runner, Surrounded
 from hypergrad.source import load_random, save_random
 from hypergrad.step import Step
 from hypergrad.trajectory import Trajectory
@@ -115,10 +115,11 @@ def _saved_window(runner: Runner) -> dict[str, Any]:
 
 
 def _saved_step(step: Step) -> dict[str, Any]:
-    nested = isinstance(step.batch, Nested)
+    around = step.batch if isinstance(step.batch, Surrounded) else None
     return {
-        "batch": step.batch.batch if nested else step.batch,
-        "records": {name: _saved_record(r) for name, r in step.batch.records.items()} if nested else None,
+        "batch": step.batch if around is None else around.batch,
+        "records": None if around is None else {name: _saved_record(r) for name, r in around.records.items()},
+        "constants": None if around is None else dict(around.constants),
         "index": step.index,
         "random": save_random(step.random),
         "flat": step.flat,
@@ -149,7 +150,8 @@ def _loaded_step(runner: Runner, saved: Mapping[str, Any], runners: Mapping[str,
     groups = tuple((replace(option, **values), names) for (option, names), values in options)
     batch = saved["batch"]
     if saved["records"] is not None:
-        batch = Nested(batch, {name: _loaded_record(runners[name], r, runners) for name, r in saved["records"].items()})
+        records = {name: _loaded_record(runners[name], r, runners) for name, r in saved["records"].items()}
+        batch = Surrounded(batch, records, saved["constants"])
     random = load_random(saved["random"], runner.layout.device)
     recipe = runner.recipe(replace(bound, groups=groups))
     return Step(recipe, batch, saved["index"], random, saved["flat"], saved["states"])

@@ -77,6 +77,8 @@ class Step:
     taped: Tensor | None = None
     """The gradient with its graph, where `retain` kept it; its leaves are `leaves`."""
     leaves: tuple[Tensor, Params] | None = None
+    versions: tuple[int, ...] = ()
+    """Those of the upper leaves when the tape was made; they share memory with the caller's tensors."""
 
     def lower_loss(self, flat: Tensor, upper: Params) -> Tensor:
         """Return the lower loss of this step at `flat`, a scalar."""
@@ -87,6 +89,11 @@ class Step:
         """Return the gradient of the lower loss at `flat`, with this step's random draws."""
         with replaying(self.random):
             return gradient(lambda w: self.lower_loss(w, upper), flat, create_graph=create_graph)
+
+    def tape_holds(self) -> bool:
+        """Return whether the kept tape is of the present upper parameters, none of which has been changed in place."""
+        assert self.leaves is not None
+        return self.versions == versions(self.leaves[1])
 
     def advance(
         self, flat: Tensor, states: States, upper: Params, *, create_graph: bool = False
@@ -117,7 +124,7 @@ class Step:
         bar, state_bars = cotangents
         tensors = [t.detach().requires_grad_() for t in state_tensors(states)]
         with torch.enable_grad(), second_order():
-            if self.taped is None or self.leaves is None:
+            if self.taped is None or self.leaves is None or not self.tape_holds():
                 leaf, leaves = (
                     flat.detach().requires_grad_(),
                     {n: u.detach().requires_grad_() for n, u in upper.items()},
@@ -229,7 +236,7 @@ def take(
         leaves = {name: u.detach().requires_grad_() for name, u in upper.items()}
         with second_order():
             taped = live.gradient(leaf, leaves, create_graph=True)
-        step = replace(step, flat=flat, states=states, taped=taped, leaves=(leaf, leaves))
+        step = replace(step, flat=flat, states=states, taped=taped, leaves=(leaf, leaves), versions=versions(leaves))
         with torch.no_grad():
             flat, states = step.recipe.update(flat, taped.detach(), states, upper, step.index)
     else:
@@ -237,6 +244,11 @@ def take(
     if in_transform():
         flat, states = constant(flat), with_tensors(states, [constant(t) for t in state_tensors(states)])
     return step, flat, states
+
+
+def versions(params: Params) -> tuple[int, ...]:
+    """Return how often each tensor has been changed in place."""
+    return tuple(p._version for p in params.values())
 
 
 def takes_step(function: HyperFunction) -> bool:

@@ -18,7 +18,7 @@ from hypergrad.methods.base import UpperLoss
 from hypergrad.network import own
 from hypergrad.optim import Bound, read_state
 from hypergrad.problem import loss_value
-from hypergrad.runner import Nested, Runner
+from hypergrad.runner import Runner
 from hypergrad.step import Recording, Step, take
 from hypergrad.trajectory import Trajectory
 
@@ -113,7 +113,7 @@ def _run(engine: Engine, name: str, upper: Params) -> tuple[Trajectory, bool]:
     for index, batch in enumerate(batches):
         values = own(name, bound.layout.unravel(flat)) | upper
         records = {other: _run(engine, other, _above(engine, other, values))[0] for other in runner.nested}
-        step = Step(recipe, Nested(batch, records) if records else batch, index, random_state(bound.layout.device))
+        step = Step(recipe, runner.surrounded(batch, records), index, random_state(bound.layout.device))
         if ran:
             step, flat, states = take(step, flat, states, upper, Recording(), len(batches))
         steps.append(step)
