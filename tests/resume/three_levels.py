@@ -81,7 +81,7 @@ def build(*, every: int = 1, seed: int = 0, loaders: Any = None) -> hg.Engine:
 
 def run(folder: Path, num_steps: int) -> None:
     """Run to the end, going on from whatever the folder holds, and save the state at the end."""
-    engine = build(seed=len(list(folder.glob("saved/step-*"))))  # another beginning each time: all must come from the file
+    engine = build(seed=len(list(folder.glob("saved/step-*"))))  # each from elsewhere: all comes from the file
     torch.manual_seed(3)
     random.seed(3)
     np.random.seed(3)
