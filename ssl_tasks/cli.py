@@ -67,7 +67,7 @@ def overview(known: dict[str, type[System]]) -> str:
     lines = [f"  {name.ljust(width)}  {system.about}" for name, system in known.items()]
     return "\n".join(
         [
-            "usage: python -m ssl_tasks NAME [--preset small] [--seeds 3] [--resume] [options]",
+            "usage: python -m ssl_tasks NAME [--preset small] [--seeds 2] [--resume] [options]",
             "",
             "Self-supervised systems on real images, built on hypergrad. Every run prints a table and writes",
             "results.json, figures and backbones into --out. `NAME --help` explains every option.",

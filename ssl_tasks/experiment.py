@@ -40,7 +40,7 @@ class Run:
     """
 
     preset: str = "small"
-    seeds: int = 3
+    seeds: int = 2
     first_seed: int = 0
     out: Path | None = None
     resume: bool = False

@@ -28,6 +28,7 @@ MethodName = Literal[
     "reptile",
     "no-implicit",
 ]
+MOST_TANGENTS = 1000
 METHODS: tuple[MethodName, ...] = get_args(MethodName)
 
 
@@ -40,6 +41,8 @@ def method_of(
     over: Sequence[str] | None = None,
     fresh: bool = False,
     sizes: Sequence[int] = (),
+    num_upper: int = 0,
+    alone: bool = False,
 ) -> hg.Method | None:
     """Return the method called `name`; None for "no-implicit", the graph in which the lower level counts as constant.
 
@@ -53,6 +56,11 @@ def method_of(
         over: prefixes of the lower parameters that respond, in implicit methods.
         fresh: whether implicit methods draw a batch of their own once per lower run.
         sizes: of the responding tensors, in order; "layerwise-cg" wants to know where one ends.
+        num_upper: upper variables, in numbers: "forward" carries a tangent for each.
+        alone: whether the upper loss depends on the upper variables through the lower level only.
+
+    Raises:
+        ValueError: for "forward" with more than `MOST_TANGENTS` upper variables, "no-implicit" with `alone`.
     """
     shared: dict[str, Any] = {"over": over, "fresh": fresh}
     match name:
@@ -87,8 +95,18 @@ def method_of(
         case "first-order":
             return hg.Unrolled(truncate=0)
         case "forward":
+            if num_upper > MOST_TANGENTS:
+                raise ValueError(
+                    f"--method forward carries two products a step for each upper variable, and there are {num_upper}; "
+                    f"it is for at most {MOST_TANGENTS}. Use --method unrolled: the same derivative by a sweep back."
+                )
             return hg.ForwardUnrolled()
         case "reptile":
             return hg.Reptile()
         case "no-implicit":
+            if alone:
+                raise ValueError(
+                    "--method no-implicit holds the lower level constant, and the upper level acts through it alone: "
+                    "nothing would be left of the gradient. Use --method first-order."
+                )
             return None

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+import hypergrad as hg
 from ssl_tasks.encoders import projection_head
 from ssl_tasks.losses import barlow_twins, byol, nt_xent, vicreg
 
@@ -52,6 +53,8 @@ class Pretext:
         temperature: of NT-Xent.
         decay: of BYOL's moving average, at each step.
         off_diagonal: Barlow Twins' weight of the redundancy term.
+        scale: factor of the loss; None makes one learning rate suit all: 1 for simclr and byol, 1/out for barlow-twins,
+            1/25 for vicreg.
         hidden: width of the projector's hidden layer, and of BYOL's predictor.
         out: dimension of the embeddings.
     """
@@ -60,6 +63,7 @@ class Pretext:
     temperature: float = 0.5
     decay: float = 0.99
     off_diagonal: float = 0.0051
+    scale: float | None = None
     hidden: int = 128
     out: int = 64
 
@@ -79,6 +83,10 @@ class Pretext:
             views: two views of each image.
             target: BYOL's moving average; a constant here.
         """
+        own = {"barlow-twins": 1 / self.out, "vicreg": 1 / 25}.get(self.loss, 1.0)
+        return (own if self.scale is None else self.scale) * self._loss(tower, views, target)
+
+    def _loss(self, tower: Any, views: tuple[Tensor, Tensor], target: Tower | None) -> Tensor:
         both = torch.cat(views)
         z = tower(both)
         if self.loss == "byol":
@@ -104,3 +112,15 @@ class Pretext:
             behind.lerp_(ahead, 1 - self.decay**steps)
         for behind, ahead in zip(backbone.target.buffers(), backbone.tower.buffers(), strict=True):
             behind.copy_(ahead)
+
+
+class FollowTarget(hg.callbacks.Callback):
+    """Moves BYOL's target every n-th step of an engine, by as much as the steps taken since; nothing for others."""
+
+    def __init__(self, pretext: Pretext, backbone: Backbone, *, every: int = 1, steps: int = 1) -> None:
+        self.pretext, self.backbone, self.every, self.steps = pretext, backbone, every, steps
+
+    def on_step(self, engine: Any, record: Any) -> None:  # noqa: ARG002
+        """Move it if it is due."""
+        if engine.num_steps % self.every == 0:
+            self.pretext.follow(self.backbone, steps=self.steps)

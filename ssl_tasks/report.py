@@ -65,11 +65,12 @@ def summary(rows: Sequence[Row]) -> dict[str, dict[str, Estimate]]:
 
 def gains(rows: Sequence[Row], *, over: str, measure: str) -> dict[str, list[float]]:
     """Return arm -> differences of `measure` to the arm `over`, seed by seed: a paired comparison."""
-    reference = {row.seed: row.measures[measure] for row in rows if row.arm == over}
-    if not reference:
+    if not any(row.arm == over for row in rows):
         raise ValueError(f"no rows of {over!r} to compare with; arms: {sorted({row.arm for row in rows})}.")
+    measured = [row for row in rows if measure in row.measures]
+    reference = {row.seed: row.measures[measure] for row in measured if row.arm == over}
     out: dict[str, list[float]] = {}
-    for row in rows:
+    for row in measured:
         if row.arm != over and row.seed in reference:
             out.setdefault(row.arm, []).append(row.measures[measure] - reference[row.seed])
     return out

@@ -32,7 +32,7 @@ from ssl_tasks.controls import CONTROLS, CONVENTIONAL, controls
 from ssl_tasks.hypergradients import MethodName, method_of
 from ssl_tasks.optimizers import OptimizerName, cosine, optimizer_of
 from ssl_tasks.pipeline import linear_head, views
-from ssl_tasks.pretext import Pretext, Tower
+from ssl_tasks.pretext import FollowTarget, Pretext, Tower
 from ssl_tasks.recipes import LARGE, TINY, Evaluation, Pretraining, Source, SourceOptions
 from ssl_tasks.streams import Labelled
 from ssl_tasks.system import Arm, Experiment, System, Trial
@@ -146,11 +146,13 @@ class BiSSL(System):
             )
             downstream = Tower(copy.deepcopy(pretext.encoder), head)
             engine = self.graph(downstream, trial, name)
+            task = self.pretraining.pretext  # BYOL's target moves once a turn and stands still in products [code]
+            follow = FollowTarget(task, trial.backbone, every=self.upper_steps, steps=self.lower_steps)
             with warnings.catch_warnings():  # counted below instead: a few steps may meet negative curvature
                 warnings.filterwarnings("ignore", "hypergradient of problem", RuntimeWarning)
                 history = engine.run(
                     self.alternations * self.upper_steps,
-                    callbacks=[*trial.callbacks, _Follow(self, trial)],
+                    callbacks=[*trial.callbacks, follow],
                 )
             codes = history["downstream.result"] if "downstream.result" in history.keys() else []
             trial.noted["breakdowns"] = sum(hg.Result(int(code)).is_breakdown for code in codes)
@@ -195,6 +197,7 @@ class BiSSL(System):
             step_size=1 / effective,
             over=["encoder."] if self.backbone_only else None,
             fresh=True,
+            num_upper=sum(p.numel() for p in downstream.parameters()),
             sizes=[p.numel() for p in (pretext.encoder if self.backbone_only else pretext).parameters()],
         )
         differentiates_run = isinstance(method, (hg.Unrolled, hg.ForwardUnrolled, hg.Reptile))
@@ -228,14 +231,3 @@ class BiSSL(System):
     def _labelled(self, trial: Trial) -> Labelled:
         size = min(self.upper_batch, len(trial.data.train))
         return Labelled(split=trial.data.train, batch_size=size, seed=trial.seed + 30_000)
-
-
-class _Follow(hg.callbacks.Callback):
-    """Moves BYOL's target once a turn, by as much as the turn's lower steps; it stands still in products [code]."""
-
-    def __init__(self, own: BiSSL, trial: Trial) -> None:
-        self.own, self.backbone = own, trial.backbone
-
-    def on_step(self, engine: Any, record: Any) -> None:  # noqa: ARG002
-        if engine.num_steps % self.own.upper_steps == 0:
-            self.own.pretraining.pretext.follow(self.backbone, steps=self.own.lower_steps)

@@ -1,0 +1,91 @@
+"""Tasks made of unlabelled images: every image a class of its own, its views the class's examples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssl_tasks.augment import Augmentation
+from ssl_tasks.readers import to_float
+
+Pair = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InstanceTasks:
+    """Batches of instance-discrimination tasks without end; iterating twice gives the same tasks twice.
+
+    A batch is {"support": (view, view), "query": (view, view)}, each tensor (tasks, ways, channels, height, width): of
+    every task `ways` images, no image twice in a batch, each in four views of their own draws.
+
+    Attributes:
+        images: unlabelled.
+        augment: of the views.
+        tasks: tasks a batch.
+        ways: images, that is classes, a task.
+        seed: draws images and views.
+        split: whether the query views are others than the support's; otherwise they are the same.
+    """
+
+    images: Tensor
+    augment: Augmentation
+    tasks: int
+    ways: int
+    seed: int
+    split: bool = True
+
+    def __post_init__(self) -> None:
+        count = self.tasks * self.ways
+        if self.ways < 2 or not 0 < count <= len(self.images):
+            raise ValueError(
+                f"{self.tasks} tasks of {self.ways} images want at least 2 images each and no more than the "
+                f"{len(self.images)} there are."
+            )
+
+    def __iter__(self) -> Iterator[dict[str, Pair]]:
+        generator = torch.Generator(self.images.device).manual_seed(self.seed)
+        count, kinds = self.tasks * self.ways, 4 if self.split else 2
+        while True:
+            order = torch.randperm(len(self.images), generator=generator, device=self.images.device)
+            for index in order[: len(order) - len(order) % count].split(count):
+                images = to_float(self.images[index])
+                views = self.augment(images.repeat(kinds, 1, 1, 1), generator)
+                shaped = views.view(kinds, self.tasks, self.ways, *images.shape[1:]).unbind(0)
+                yield {"support": (shaped[0], shaped[1]), "query": (shaped[-2], shaped[-1])}
+
+
+def instance_logits(tower: Any, support: Sequence[Tensor], query: Sequence[Tensor], *, temperature: float) -> Tensor:
+    """Return how alike each query view is to each instance, cosines over the temperature, (views x ways, ways).
+
+    pi(f) of a task is their softmax: a query view against the mean support embedding of every instance.
+
+    Args:
+        tower: a model, or what a problem's loss sees of it.
+        support: views of all instances, (ways, ...) each.
+        query: further views, in the same order.
+        temperature: positive.
+    """
+    z = F.normalize(tower(torch.cat([*support, *query])), dim=1).chunk(len(support) + len(query))
+    means = F.normalize(torch.stack(z[: len(support)]).mean(0), dim=1)
+    return torch.cat(z[len(support) :]) @ means.T / temperature
+
+
+def instance_accuracy(logits: Tensor) -> Tensor:
+    """Return the share of query views that are nearest to their own instance."""
+    ways = logits.shape[1]
+    return (logits.argmax(1) == torch.arange(len(logits), device=logits.device) % ways).to(logits.dtype).mean()
+
+
+def deviation(z: Tensor) -> Tensor:
+    """Return the mean standard deviation of unit-length embeddings' coordinates, times sqrt(dim).
+
+    Near 1 for embeddings spread over the sphere, 0 once all are the same: the collapse to watch for.
+    """
+    unit = F.normalize(z, dim=1)
+    centred = unit - unit.mean(0)
+    return (centred.square().mean(0) + 1e-12).sqrt().mean() * z.shape[1] ** 0.5
