@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "bench": ("hypergrad.bench.cli", "accuracy against cost: methods, rivals and your own problem side by side"),
+    "plot": ("hypergrad.plot", "the curves of a run, from the lines of JSON that callbacks.JSONLines wrote"),
 }
 """Name -> its module, which has `add_arguments(parser)` and `run(options) -> exit status`, and a line of help."""
 

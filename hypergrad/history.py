@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -22,6 +23,23 @@ class Record(dict[str, Any]):
             if value.numel() == 1 and value.device.type == "cpu" and type(value) is Tensor:
                 value = value.item()
         self[f"{problem}.{quantity}"] = value
+
+    def numbers(self, keys: Iterable[str] | None = None) -> dict[str, float]:
+        """Return the values under `keys` (default: all) as numbers, by one transfer from each device they lie on.
+
+        What is no number, a string or a tensor of several entries, is left out.
+        """
+        found = {key: self[key] for key in (self if keys is None else keys)}
+        numbers = {key: float(v) for key, v in found.items() if isinstance(v, (int, float))}
+        waiting: dict[torch.device, dict[str, Tensor]] = {}
+        for key, value in found.items():
+            if isinstance(value, Tensor) and value.numel() == 1:
+                waiting.setdefault(value.device, {})[key] = value
+        for device, tensors in waiting.items():
+            dtype = torch.float32 if device.type == "mps" else torch.float64
+            read = torch.stack([t.detach().reshape(()).to(dtype) for t in tensors.values()]).tolist()
+            numbers.update(zip(tensors, read, strict=True))
+        return {key: numbers[key] for key in found if key in numbers}
 
     def read(self, key: str) -> float:
         """Return one value as a number, read back from the device if need be."""

@@ -30,7 +30,7 @@ def test_an_example_is_short_and_says_how_to_run_it(path: Path) -> None:
     assert "assert " in text
 
 
-def test_there_are_six() -> None:
+def test_the_examples_are_these() -> None:
     assert [path.stem for path in EXAMPLES] == [
         "distillation",
         "hypercleaning",
@@ -38,4 +38,5 @@ def test_there_are_six() -> None:
         "maml",
         "regularization",
         "three_levels",
+        "watched_run",
     ]

@@ -14,13 +14,13 @@ class TensorBoard(Callback):
 
     Args:
         log_dir: folder of the event files.
-        every: write each n-th step of the top level, >= 1; only then are values read back from a device.
+        every: write each n-th step of the top level, >= 1; only then are values read back from a device, all at once.
 
     Raises:
         ImportError: if the package `tensorboard` is not installed, with the command that installs it.
     """
 
-    def __init__(self, log_dir: str | Path, *, every: int = 1) -> None:
+    def __init__(self, log_dir: str | Path, *, every: int = 10) -> None:
         if every < 1:
             raise ValueError(f"TensorBoard: every must be >= 1 steps, got {every}.")
         try:
@@ -36,9 +36,9 @@ class TensorBoard(Callback):
         step = int(record["step"])
         if step % self.every:
             return
-        for key in record:
+        for key, value in record.numbers().items():
             if key != "step":
-                self._writer.add_scalar(key.replace(".", "/", 1), record.read(key), step)
+                self._writer.add_scalar(key.replace(".", "/", 1), value, step)
 
     def on_end(self, engine: Runnable, history: History) -> None:  # noqa: ARG002
         """Flush the files."""
