@@ -167,3 +167,82 @@ def test_streams_repeat_themselves_and_cover_an_epoch() -> None:
     assert not torch.equal(first, second)
     with pytest.raises(ValueError, match="batch_size must lie between 1 and the number of images, 10; got 11"):
         Views(images=images, augment=Augmentation(), batch_size=11, seed=0)
+
+
+def test_colours_are_drawn_to_grey_and_back() -> None:
+    images = torch.rand(30, 3, 6, 6)
+    half = Augmentation(**{**STILL, "grayscale": 0.5})(images, torch.Generator().manual_seed(0))
+    grey = [bool((sample - sample[:1]).abs().max() < 1e-6) for sample in half]
+    same = [torch.allclose(a, b, atol=1e-6) for a, b in zip(half, images, strict=True)]
+    assert all(a != b for a, b in zip(grey, same, strict=True)) and 5 < sum(grey) < 25
+    faded = Augmentation(**{**STILL, "saturation": 0.5})(images, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(faded.mean(1), images.mean(1), rtol=0, atol=0.2)
+    assert not torch.allclose(faded, images, atol=1e-3)
+
+
+def _write(path: Path, size: tuple[int, int], mode: str = "RGB") -> None:
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, 200 if mode == "L" else (200, 100, 0)).save(path)
+
+
+def test_a_folder_of_images_is_data(tmp_path: Path) -> None:
+    for label in ("cat", "dog"):
+        for k in range(4):
+            _write(tmp_path / "train" / label / f"{k}.png", (12, 10))
+            _write(tmp_path / "test" / label / f"{k}.png", (12, 10))
+    _write(tmp_path / "unlabelled" / "a.png", (12, 10))
+    data = load("folder", folder=tmp_path, num_labels=2, num_validation=2, size=8)
+    assert data.image_shape == (3, 8, 8) and data.num_classes == 2 and len(data.test) == 8
+    assert len(data.pretext) == 1 + 8 - 4 and data.pretext.dtype == torch.uint8
+    view, _ = next(iter(Views(images=data.pretext, augment=Augmentation(**STILL), batch_size=2, seed=0)))
+    torch.testing.assert_close(view[0, :, 4, 4], torch.tensor([200.0, 100.0, 0.0]) / 255)
+    _write(tmp_path / "test" / "cat" / "9.png", (5, 5))
+    with pytest.raises(ValueError, match=r"9\.png has 5 x 5 pixels, 0\.png 12 x 10; pass --size"):
+        load("folder", folder=tmp_path, num_labels=2, num_validation=2)
+    (tmp_path / "test" / "cat" / "9.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"9\.png cannot be read as an image"):
+        load("folder", folder=tmp_path, num_labels=2, num_validation=2)
+    _write(tmp_path / "test" / "bird" / "0.png", (12, 10))
+    with pytest.raises(ValueError, match="has classes that train/ lacks: bird"):
+        load("folder", folder=tmp_path)
+
+
+def test_a_folder_without_labels_or_parts_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="lacks train and test"):
+        load("folder", folder=tmp_path)
+    _write(tmp_path / "train" / "a.png", (4, 4))
+    (tmp_path / "test").mkdir()
+    with pytest.raises(ValueError, match="labels are missing: .*train has 0 class folders and 1 loose images"):
+        load("folder", folder=tmp_path)
+    for label in ("a", "b"):
+        (tmp_path / "train" / label).mkdir()
+    with pytest.raises(ValueError, match="holds no image"):
+        load("folder", folder=tmp_path)
+
+
+def test_torchvision_is_asked_for_lazily_and_missed_clearly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    with pytest.raises(ImportError, match="'cifar10' is read by torchvision, which does not import here"):
+        load("cifar10", folder=tmp_path)
+    with pytest.raises(ValueError, match="'stl10' needs the folder that torchvision once downloaded it to"):
+        load("stl10")
+    fake = type(sys)("torchvision")
+
+    def absent(folder: Path, **_: object) -> None:
+        raise RuntimeError("Dataset not found")
+
+    fake.datasets = type("datasets", (), {"CIFAR10": absent, "CIFAR100": absent, "STL10": absent})  # type: ignore
+    monkeypatch.setitem(sys.modules, "torchvision", fake)
+    with pytest.raises(FileNotFoundError, match="does not hold 'cifar100' as torchvision stores it"):
+        load("cifar100", folder=tmp_path)
+    arrays = np.zeros((20, 8, 8, 3), np.uint8)
+
+    def present(folder: Path, train: bool) -> object:
+        return type("Set", (), {"data": arrays, "targets": list(np.arange(20) % 2)})
+
+    fake.datasets.CIFAR10 = staticmethod(present)  # type: ignore
+    assert load("cifar10", folder=tmp_path, num_labels=4, num_validation=4).image_shape == (3, 8, 8)

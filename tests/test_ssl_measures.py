@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ssl_tasks import episodes
+from ssl_tasks.augment import Augmentation
 from ssl_tasks.datasets import Data, Split
 from ssl_tasks.encoders import MLP, ConvNet, EncoderName, classifier_head, encoder, projection_head
-from ssl_tasks.evaluate import effective_rank, fine_tune, knn, linear_probe
+from ssl_tasks.evaluate import alignment, effective_rank, fine_tune, knn, linear_probe, plane
 from ssl_tasks.losses import nt_xent
 from ssl_tasks.vit import ViT
 
@@ -152,3 +154,40 @@ def test_effective_rank_knows_collapse_and_full_spread() -> None:
     line = torch.linspace(-1, 1, 11)[:, None] * torch.tensor([[1.0, 2.0, 3.0]])
     assert effective_rank(line) == pytest.approx(1, abs=1e-5)
     assert effective_rank(torch.cat([torch.eye(5), -torch.eye(5)])) == pytest.approx(5)
+
+
+def test_alignment_is_zero_for_views_alike_and_two_for_chance() -> None:
+    images = torch.rand(40, 1, 6, 6)
+    still = Augmentation(min_scale=1.0, flip=False, brightness=0.0, contrast=0.0, blur=0.0)
+    assert alignment(nn.Flatten(), images, still) < 1e-9
+    noise = Augmentation(min_scale=1.0, flip=False, brightness=0.0, contrast=0.0, blur=0.0, noise=100.0)
+    net = nn.Sequential(nn.Flatten(), _Centred())
+    assert alignment(net, images, noise) == pytest.approx(2, abs=0.3)
+
+
+class _Centred(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x - x.mean(1, keepdim=True)
+
+
+def test_fine_tuning_draws_pairs_of_rate_and_decay(blobs: Data) -> None:
+    options = dict(learning_rates=(1e-6, 0.1), weight_decays=(0.0, 1e-4), steps=20, batch_size=20)
+    net = encoder("mlp", (1, 2, 2), widths=(8,), seed=0)
+    whole, drawn = fine_tune(net, blobs, **options), fine_tune(net, blobs, draws=1, seed=1, **options)  # type: ignore
+    assert whole.chosen == 0.1 and drawn.chosen in (1e-6, 0.1)
+    assert fine_tune(net, blobs, draws=1, seed=1, **options) == drawn  # type: ignore
+
+
+def test_episodes_know_a_perfect_and_a_blind_encoder() -> None:
+    labels = torch.arange(60) % 6
+    assert episodes.accuracy(torch.eye(6)[labels], labels, ways=5, count=5) == 100
+    blind = torch.randn(600, 4, generator=torch.Generator().manual_seed(0))
+    assert episodes.accuracy(blind, torch.arange(600) % 6, ways=5, count=50) == pytest.approx(20, abs=5)
+    with pytest.raises(ValueError, match="classes with more than 10 images; there are 0"):
+        episodes.accuracy(torch.eye(6)[labels], labels, ways=5, shots=10)
+
+
+def test_the_plane_is_the_two_leading_components() -> None:
+    x = torch.randn(50, 1, 1, 5, generator=torch.Generator().manual_seed(0)) * torch.tensor([5.0, 3.0, 1, 1, 1])
+    found, values = plane(nn.Flatten(), x), torch.linalg.svdvals((x.flatten(1) - x.flatten(1).mean(0)).double())
+    torch.testing.assert_close(found.norm(dim=0), values[:2])
