@@ -63,6 +63,7 @@ LAYERS: dict[str, float] = {
     "bench.contenders": 8.05,
     "bench.worker": 8.1,
     "bench.bar": 8,
+    "bench.weighing": 8,
     "bench.reference": 8.1,
     "bench.claims": 8.1,
     "bench.claims_report": 8.2,

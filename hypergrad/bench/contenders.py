@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from hypergrad.bench.problems.base import Task
 from hypergrad.methods import (
+    BOME,
+    F2SA,
     SAMA,
+    SOBA,
+    AmIGO,
     FiniteDifference,
     ForwardUnrolled,
     Implicit,
     Method,
     OneStep,
     Penalty,
+    StocBiO,
     Unrolled,
 )
 from hypergrad.optim import SGD
@@ -27,6 +32,11 @@ from hypergrad.solvers import (
 )
 
 Ladder = dict[str, Method]
+
+SINGLE_LOOP = (SOBA, AmIGO, F2SA, BOME)
+"""Methods that move a state by a step a call: they are measured after `SETTLING` calls at a standing upper level."""
+
+SETTLING = 50
 
 _DENSE = 2000
 """The most lower scalars for which a dense solve is offered."""
@@ -59,7 +69,12 @@ def _implicit(task: Task, *, full: bool) -> Ladder:
     )
     found["Nystrom 20"] = Implicit(Nystrom(rank=20))
     found["OneStep"] = OneStep(step_size=step)
+    found["SOBA"] = SOBA(step_size=step)
     if full:
+        found["AmIGO 10"] = AmIGO(steps=10, step_size=step)
+        found["StocBiO 20"] = StocBiO(num_products=20, step_size=step)
+        found["F2SA"] = F2SA(strength=10.0, step_size=step / 20, steps=5)
+        found["BOME"] = BOME()
         found["CG 20, Hutchinson preconditioner"] = Implicit(
             CG(max_steps=20, rtol=1e-8, preconditioner=HutchinsonDiagonal(num_probes=8))
         )

@@ -40,7 +40,7 @@ class Request:
         repeats: how often to time, at most; 0 for a single call, whose time counts as it is.
         warmup: calls before that, beyond the first.
         threads: for intra-operation parallelism.
-        budget: seconds after which no further repeat is begun.
+        budget: seconds after which no further repeat is begun; a first call of four times that is the only one.
         limit: seconds after which the attempt is ended and reported as failed.
         out: an existing folder for the gradient's file.
     """

@@ -71,14 +71,7 @@ def implicit(
     value = upper_loss(w, u, upper_batch)
     grads = torch.autograd.grad(value, [*w.values(), *u.values()], allow_unused=True, materialize_grads=True)
     cotangent, direct = _flat(grads[: len(w)]), grads[len(w) :]
-    slopes = torch.autograd.grad(
-        lower_loss(w, u, lower_batch), list(w.values()), create_graph=True, materialize_grads=True
-    )
-    slope = _flat(slopes)
-
-    def product(v: Tensor) -> Tensor:
-        return _flat(torch.autograd.grad(slope, list(w.values()), v, retain_graph=True, materialize_grads=True))
-
+    slope, product = _curvature(lower_loss, w, u, lower_batch)
     solution, note = _solve(product, cotangent.detach())
     mixed = torch.autograd.grad(slope, list(u.values()), solution, allow_unused=True, materialize_grads=True)
     gradient = {name: (d - m).detach() for name, d, m in zip(u, direct, mixed, strict=True)}
@@ -164,18 +157,18 @@ def _over_tasks(task: Task) -> Outcome:
         else:
             grad = _through(task, u, u, batches, upper_batch)
         total = {name: g + total[name] if total else g for name, g in grad.items()}
-    how = "lower solutions by L-BFGS, linear systems exactly" if task.converged else f"{task.steps} taped steps a task"
+    how = "solutions by Newton's method, exact linear systems" if task.converged else f"{task.steps} taped steps a task"
     return Outcome({name: g / count for name, g in total.items()}, note=how)
 
 
 def _minimizer(task: Task, batch: Any) -> Params:
-    """Return where L-BFGS ends from the task's start, full batch, the gradient at rounding level."""
+    """Return the solution that descent from the task's start leads to: L-BFGS, then Newton's method."""
     leaves = {name: value.detach().clone().requires_grad_() for name, value in task.upper.items()}
     constants = {name: value.detach() for name, value in task.upper.items()}
     optimizer = torch.optim.LBFGS(
         list(leaves.values()),
-        max_iter=300,
-        tolerance_grad=1e-10,
+        max_iter=200,
+        tolerance_grad=1e-6,
         tolerance_change=0,
         history_size=30,
         line_search_fn="strong_wolfe",
@@ -188,7 +181,30 @@ def _minimizer(task: Task, batch: Any) -> Params:
         return value
 
     optimizer.step(closure)  # type: ignore[no-untyped-call]
-    return {name: value.detach() for name, value in leaves.items()}
+    solution = {name: value.detach() for name, value in leaves.items()}
+    for _ in range(2):
+        solution = newton_step(task.lower_loss, solution, constants, batch)
+    return solution
+
+
+def newton_step(lower_loss: Loss, lower: Params, upper: Params, batch: Any) -> Params:
+    """Return the lower parameters after one step of Newton's method, its linear system solved to rounding."""
+    w = {name: value.detach().clone().requires_grad_() for name, value in lower.items()}
+    slope, product = _curvature(lower_loss, w, upper, batch)
+    step, _ = _solve(product, slope.detach())
+    parts = step.split_with_sizes([value.numel() for value in w.values()])
+    return {n: (value - part.view(value.shape)).detach() for (n, value), part in zip(w.items(), parts, strict=True)}
+
+
+def _curvature(lower_loss: Loss, w: Params, upper: Params, batch: Any) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Return the lower gradient at the leaves `w`, flat and taped, and the product with its derivative."""
+    leaves = list(w.values())
+    slope = _flat(torch.autograd.grad(lower_loss(w, upper, batch), leaves, create_graph=True, materialize_grads=True))
+
+    def product(v: Tensor) -> Tensor:
+        return _flat(torch.autograd.grad(slope, leaves, v, retain_graph=True, materialize_grads=True))
+
+    return slope, product
 
 
 def _flat(parts: Any) -> Tensor:

@@ -23,13 +23,14 @@ def write(results: Results) -> str:
     return f"written: {folder / 'report.md'}, results.json{pictures}"
 
 
-def markdown(results: Results, drawn: Sequence[str] = (), *, level: int = 1) -> str:
+def markdown(results: Results, drawn: Sequence[str] = (), *, level: int = 1, folder: str = "") -> str:
     """Return the report.
 
     Args:
         results: what to report.
         drawn: problem names that have a figure `NAME.png` beside the report.
         level: of the first heading.
+        folder: where the figures lie, as links say it.
     """
     hardware, versions = results.surroundings["hardware"], results.surroundings["versions"]
     lines = [
@@ -50,7 +51,7 @@ def markdown(results: Results, drawn: Sequence[str] = (), *, level: int = 1) -> 
     for name, facts in results.problems.items():
         lines += ["", f"{'#' * (level + 1)} {name}", "", _about(facts), ""]
         if name in drawn:
-            lines += [f"![error against time and memory on {name}]({figures.file_name(name)})", ""]
+            lines += [f"![error against time and memory on {name}]({folder}{figures.file_name(name)})", ""]
         lines += table([row for row in results.rows if row.problem == name])
     return "\n".join(lines) + "\n"
 
@@ -95,7 +96,7 @@ def _cells(row: Row) -> list[str]:
     return [
         "" if row.relative_error is None else f"{row.relative_error:.1e}",
         "" if row.cosine is None else f"{row.cosine:.4f}",
-        f"{_time(row.median)} ({_time(row.lower_quartile)} to {_time(row.upper_quartile)})",
+        f"{duration(row.median)} ({duration(row.lower_quartile)} to {duration(row.upper_quartile)})",
         "" if row.num_products is None else str(row.num_products),
         "" if row.num_gradients is None else str(row.num_gradients),
         "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.1f} MiB",
@@ -104,5 +105,6 @@ def _cells(row: Row) -> list[str]:
     ]
 
 
-def _time(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Return a time in milliseconds or seconds."""
     return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"

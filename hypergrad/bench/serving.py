@@ -12,10 +12,7 @@ attempt's memory, its compiled code and its crash are its own.
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import gc
 import os
-import resource
 import select
 import signal
 import sys
@@ -35,6 +32,7 @@ from torch.utils import _pytree as pytree
 from .problems.base import Task
 from .problems.catalogue import build
 from .protocol import Offer, Request, Response
+from .weighing import peak_bytes
 
 
 @dataclass(frozen=True)
@@ -159,7 +157,7 @@ def answer(contender: Contender, task: Task, request: Request) -> Response:
     outcome = run()
     first = time.perf_counter() - began
     compiles = bool(request.settings.get("compile"))
-    once = request.repeats == 0 or (first > request.budget and not compiles)
+    once = request.repeats == 0 or (first > 4 * request.budget and not compiles)
     seconds = [first] if once else _repeat(run, request)
     name = "gradient.npz"
     arrays: dict[str, Any] = {key: g.detach().cpu().double().numpy() for key, g in outcome.gradient.items()}
@@ -169,7 +167,7 @@ def answer(contender: Contender, task: Task, request: Request) -> Response:
         seconds=seconds,
         first_seconds=first,
         compile_seconds=max(first - float(np.median(seconds)), 0.0) if compiles else None,
-        peak_bytes=None if once else _peak_bytes(run),
+        peak_bytes=None if once else peak_bytes(run),
         num_products=outcome.num_products,
         num_gradients=None if once or compiles else _evaluations(contender, task, request),
         gradient=name,
@@ -220,47 +218,6 @@ def _repeat(run: Callable[[], Outcome], request: Request) -> list[float]:
     return seconds
 
 
-def _peak_bytes(run: Callable[[], Outcome]) -> int:
-    """Return by how much one more call raises the resident size, at its peak."""
-    gc.collect()
-    _trim()
-    before, reset = _resident()
-    run()
-    return max((_high_water() if reset else _max_resident()) - before, 0)
-
-
-def _trim() -> None:
-    """Give freed memory back to the system, where the C library can, so that it is not taken for used."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
-def _resident() -> tuple[int, bool]:
-    """Return the resident size in bytes with the high-water mark reset to it; where it cannot be reset, the mark."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-        return _status("VmRSS"), True
-    except OSError:
-        return _max_resident(), False
-
-
-def _high_water() -> int:
-    return _status("VmHWM")
-
-
-def _status(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key + ":"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {key}")
-
-
-def _max_resident() -> int:
-    """Return the process's largest resident size so far: kilobytes on Linux, bytes on macOS."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
 def _evaluations(contender: Contender, task: Task, request: Request) -> int:
     """Return how often one call evaluates the lower loss; under vmap all tasks count as one evaluation."""
     count = 0
@@ -274,7 +231,8 @@ def _evaluations(contender: Contender, task: Task, request: Request) -> int:
         return evaluate
 
     outputs = None if task.outputs is None else counted(task.outputs)
-    contender.prepare(
-        replace(task, lower_loss=counted(task.lower_loss), outputs=outputs), request.method, request.settings
-    )()
+    watched = replace(task, lower_loss=counted(task.lower_loss), outputs=outputs)
+    run = contender.prepare(watched, request.method, request.settings)
+    count = 0
+    run()
     return count

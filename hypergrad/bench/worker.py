@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -12,12 +13,12 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import hypergrad
-from hypergrad.bench.contenders import ladder
+from hypergrad.bench.contenders import SETTLING, SINGLE_LOOP, ladder
 from hypergrad.bench.problems.base import Params, Task
 from hypergrad.bench.protocol import Offer
 from hypergrad.bench.serving import Contender, Outcome, serve
 from hypergrad.composite import Composite
-from hypergrad.methods import SAMA, Hypergradient, Implicit, Method, hypergradient
+from hypergrad.methods import BOME, SAMA, Hypergradient, Implicit, Method, hypergradient
 from hypergrad.optim import SGD, Adam, Optimizer
 from hypergrad.trajectory import Trajectory, descend, solved
 
@@ -41,6 +42,8 @@ class Hypergrad(Contender):
         chosen = _method(task, method)
         if task.kind == "tasks":
             return lambda: _over_tasks(task, chosen, together=settings["vmap"])
+        if isinstance(chosen, SINGLE_LOOP):
+            return _settled(task, chosen)
         if task.kind == "implicit" and not isinstance(chosen, SAMA):
             return lambda: _outcome(_differentiate(task, chosen, _solved(task, chosen)))
         return lambda: _outcome(_differentiate(task, chosen, _run(task, chosen, task.lower_batches)))
@@ -93,8 +96,27 @@ def _optimizer(task: Task) -> Optimizer:
     return SGD(task.lr, momentum=task.momentum, weight_decay=task.weight_decay)
 
 
-def _differentiate(task: Task, method: Method, trajectory: Trajectory) -> Hypergradient:
-    return hypergradient(task.upper_loss, trajectory, task.upper, method=method, batch=task.upper_batch, throw=False)
+def _differentiate(task: Task, method: Method, trajectory: Trajectory, state: Tensor | None = None) -> Hypergradient:
+    return hypergradient(
+        task.upper_loss, trajectory, task.upper, method=method, batch=task.upper_batch, state=state, throw=False
+    )
+
+
+def _settled(task: Task, method: Method) -> Callable[[], Outcome]:
+    """Return one call of a method with a state, as it is after `SETTLING` calls at this upper level."""
+
+    def call(state: Tensor | None) -> Hypergradient:
+        if not isinstance(method, BOME):
+            return _differentiate(task, method, _solved(task, method), state)
+        begun = task.lower if state is None else _solved(task, method).named(state)
+        run = descend(task.lower_loss, begun, task.upper, optimizer=SGD(task.lr or 0.1), batches=task.lower_batches[:1])
+        return _differentiate(task, method, run, state)
+
+    state: Tensor | None = None
+    for _ in range(SETTLING):
+        state = call(state).state
+    note = f"in its call number {SETTLING + 1}"
+    return lambda: replace(_outcome(call(state)), note=note)
 
 
 def _outcome(h: Hypergradient) -> Outcome:

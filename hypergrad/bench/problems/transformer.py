@@ -116,8 +116,8 @@ def _tuned(begun: Params, upper: Params, batch: LowerBatch) -> Params:
     leaves = {name: w.clone().requires_grad_() for name, w in begun.items()}
     optimizer = torch.optim.LBFGS(
         list(leaves.values()),
-        max_iter=150,
-        tolerance_grad=1e-9,
+        max_iter=100,
+        tolerance_grad=1e-7,
         tolerance_change=0,
         history_size=20,
         line_search_fn="strong_wolfe",
