@@ -1,7 +1,7 @@
 """The benchmark page's tables: `python docs/_hooks/benchmark_tables.py FOLDER` takes over what a run wrote there.
 
 Copies results.json, claims.json and the figures from FOLDER to docs/benchmarks/, as far as they are there, and writes
-the tables into docs/benchmarks.md between their markers. Without FOLDER it writes the tables from docs/benchmarks/ again.
+the tables into docs/benchmarks.md between their markers. Without FOLDER it writes them from docs/benchmarks/ again.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def page(text: str, kept: Path = KEPT) -> str:
 def _losses(found: Results) -> str:
     """Return where a rival is on the front of time and error, or that it never is."""
     lost = [
-        f"`{problem}`: {row.library}'s {row.label}, error {row.relative_error:.1e} in {report.duration(row.median or 0)}"
+        f"- `{problem}`: {row.library}'s {row.label}, error {row.relative_error:.1e} in "
+        + report.duration(row.median or 0.0)
         for problem in found.problems
         for row in report.front([r for r in found.rows if r.problem == problem])
         if row.library != "hypergrad"

@@ -31,11 +31,11 @@ def build(*, size: str = "full", seed: int = 0, dtype: torch.dtype = torch.float
     """Return tasks of five classes, run from the upper parameters towards their solutions.
 
     Args:
-        size: "full" 16 tasks, 25 steps, 16 channels, 28 x 28 pixels; "quick" 4 tasks, 25 steps, 4 channels, 14 x 14.
+        size: "full" 16 tasks, 25 steps, 16 channels, 28 x 28 pixels; "quick" 2 tasks, 25 steps, 4 channels, 14 x 14.
         seed: of tasks and initial parameters.
         dtype: of everything.
     """
-    num_tasks, channels, pixels = (16, 16, 28) if size == "full" else (4, 4, 14)
+    num_tasks, channels, pixels = (16, 16, 28) if size == "full" else (2, 4, 14)
     steps = 25
     generator = torch.Generator().manual_seed(seed)
     support, query = episodes(num_tasks, shots=1, queries=5, pixels=pixels, generator=generator, dtype=dtype)
