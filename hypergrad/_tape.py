@@ -4,8 +4,9 @@ A *residual* is a map F(lower, upper) -> vector over flat lower parameters; for 
 `Tape` evaluates it once and then pulls cotangents back through it as often as asked, either to `lower` (a Hessian
 product, when F is a gradient) or to `upper` (the mixed product). Two tapes share that interface:
 
-- `AutogradTape` keeps the graph of `autograd.grad(create_graph=True)`; it takes whatever eager autograd takes;
-- `TransformTape` holds `torch.func.vjp`; it is the one that works inside `torch.func` transforms and `torch.compile`.
+- `AutogradTape` keeps the graph of `autograd.grad(create_graph=True)`; it takes whatever eager autograd takes, and
+  serves inside one `vmap` too;
+- `TransformTape` holds `torch.func.vjp`; it works inside all `torch.func` transforms and `torch.compile`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from hypergrad._autograd import by_autograd, grads, is_connected, leaf, underlying
 from hypergrad._flat import Params
 from hypergrad._functional import Residual, in_transform
 
@@ -27,24 +29,34 @@ TapeKind = Literal["auto", "autograd", "transform"]
 
 def second_order() -> contextlib.AbstractContextManager[Any]:
     """Return a context in which attention uses its math kernel, the only one that has a second derivative."""
+    if not torch.compiler.is_compiling() and not any(enabled() for enabled in _KERNELS):
+        return contextlib.nullcontext()  # inside another such context, which costs something to enter
     return sdpa_kernel(SDPBackend.MATH)
 
 
+_KERNELS: tuple[Callable[[], bool], ...] = (
+    torch.backends.cuda.flash_sdp_enabled,
+    torch.backends.cuda.mem_efficient_sdp_enabled,
+    torch.backends.cuda.cudnn_sdp_enabled,
+)
+"""Whether each of the kernels without a second derivative may be chosen."""
+
+
 def gradient(loss: Callable[[Tensor], Tensor], flat: Tensor, *, create_graph: bool = False) -> Tensor:
-    """Return the gradient of `loss` at `flat`, by autograd outside transforms and `torch.func.grad` inside."""
-    if in_transform():
+    """Return the gradient of `loss` at `flat`, by autograd where it serves and `torch.func.grad` elsewhere."""
+    if not by_autograd():
         grad: Tensor = torch.func.grad(loss)(flat)
         return grad
     with torch.enable_grad():
-        point = flat if create_graph and flat.requires_grad else flat.detach().requires_grad_()
+        point = flat if create_graph and is_connected(flat) else leaf(flat)
         value = loss(point)
-        if not value.requires_grad:
+        if not is_connected(value):
             raise ValueError(
                 "the lower loss does not depend on the lower parameters: its value carries no gradient. "
                 "Compute it from the `lower` dict it receives, without .detach(), .item() or torch.no_grad()."
             )
-        (grad,) = torch.autograd.grad(value, point, create_graph=create_graph, materialize_grads=True)
-    return grad
+        (slope,) = grads([value], [point], create_graph=create_graph)
+    return torch.zeros_like(point) if slope is None else slope
 
 
 def vjp(function: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., tuple[Any, ...]]]:
@@ -73,7 +85,7 @@ class Tape(ABC):
 
 
 class AutogradTape(Tape):
-    """The tape of eager autograd: one retained graph serves both pullbacks."""
+    """The tape of autograd: one retained graph serves both pullbacks."""
 
     def __init__(self, residual: Residual, lower: Tensor, upper: Params, *, differentiable: bool) -> None:
         """Evaluate `residual`; with `differentiable`, results stay connected to `lower` and `upper`."""
@@ -83,8 +95,8 @@ class AutogradTape(Tape):
                 self._lower = _alias(lower)
                 self._upper = {name: _alias(u) for name, u in upper.items()}
             else:
-                self._lower = lower.detach().requires_grad_()
-                self._upper = {name: u.detach().requires_grad_() for name, u in upper.items()}
+                self._lower = leaf(lower)
+                self._upper = {name: leaf(u) for name, u in upper.items()}
             self._residual = residual(self._lower, self._upper)
         refuse_once_differentiable(self._residual)
         self.value = self._residual.detach()
@@ -99,7 +111,7 @@ class AutogradTape(Tape):
     def push_lower(self, tangent: Tensor) -> Tensor:
         """Return (dF/d lower) tangent."""
         if self._pushed is None:
-            cotangent = torch.zeros_like(self._residual).requires_grad_()
+            cotangent = leaf(torch.zeros_like(self._residual))
             (pulled,) = explained_grad([self._residual], [self._lower], [cotangent], create_graph=True)
             if pulled is None:
                 return torch.zeros_like(self._residual)
@@ -114,7 +126,7 @@ class AutogradTape(Tape):
         return named(self._upper, self._pull(list(self._upper.values()), cotangent))
 
     def _pull(self, inputs: list[Tensor], cotangent: Tensor) -> Sequence[Tensor | None]:
-        if not self._residual.requires_grad:  # the gradient of a linear loss is constant
+        if not is_connected(self._residual):  # the gradient of a linear loss is constant
             return [None for _ in inputs]
         return explained_grad([self._residual], inputs, [cotangent], create_graph=self._create_graph)
 
@@ -152,12 +164,13 @@ class TransformTape(Tape):
 def tape(residual: Residual, lower: Tensor, upper: Params, *, kind: TapeKind, differentiable: bool = False) -> Tape:
     """Return the tape of `residual` at (lower, upper).
 
-    `kind="auto"` takes eager autograd outside transforms and `torch.func` inside. `differentiable` keeps the results
-    connected to `lower` and `upper`, for derivatives of derivatives.
+    `kind="auto"` takes autograd outside transforms and inside one `vmap`, `torch.func` elsewhere. `differentiable`
+    keeps the results connected to `lower` and `upper`, for derivatives of derivatives.
     """
-    if kind == "transform" or (kind == "auto" and in_transform()):
+    by_transform = in_transform() if differentiable else not by_autograd()
+    if kind == "transform" or (kind == "auto" and by_transform):
         return TransformTape(residual, lower, upper)
-    if in_transform():
+    if by_transform:
         raise ValueError(
             "tape='autograd' was asked for inside a torch.func transform or torch.compile, which only "
             "tape='transform' can serve. Leave tape='auto'."
@@ -180,9 +193,7 @@ def explained_grad(
     """
     try:
         with torch.enable_grad() if create_graph else torch.no_grad():
-            return torch.autograd.grad(
-                outputs, inputs, cotangents, retain_graph=retain_graph, create_graph=create_graph, allow_unused=True
-            )
+            return grads(outputs, inputs, cotangents, create_graph=create_graph, retain_graph=retain_graph)
     except RuntimeError as error:
         text = str(error)
         if "not implemented" in text or "once_differentiable" in text:
@@ -198,7 +209,7 @@ def refuse_once_differentiable(output: Tensor) -> None:
 
     Autograd prunes the node that would complain wherever no leaf lies behind it, and returns what is left of the sum.
     """
-    pending, seen = [output.grad_fn], set()
+    pending, seen = [underlying(output).grad_fn], set()
     while pending:
         node = pending.pop()
         if node is None or node in seen:
@@ -237,16 +248,16 @@ def named(template: Params, tensors: Sequence[Tensor | None]) -> Params:
 
 
 def upper_gradient(loss: Callable[[Params], Tensor], upper: Params) -> Params:
-    """Return the gradient of `loss` at `upper` by name; outside transforms, names it does not read are left out."""
-    if in_transform():
-        grads: Params = torch.func.grad(loss)(upper)
-        return grads
+    """Return the gradient of `loss` at `upper` by name; where autograd takes it, without the names it does not read."""
+    if not by_autograd():
+        whole: Params = torch.func.grad(loss)(upper)
+        return whole
     with torch.enable_grad():
-        leaves = {name: u.detach().requires_grad_() for name, u in upper.items()}
+        leaves = {name: leaf(u) for name, u in upper.items()}
         value = loss(leaves)
-        if not value.requires_grad:
+        if not is_connected(value):
             return {}
-        return named(leaves, torch.autograd.grad(value, list(leaves.values()), allow_unused=True))
+        return named(leaves, grads([value], list(leaves.values())))
 
 
 def add(total: Params, more: Params) -> Params:

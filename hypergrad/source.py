@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hypergrad._random import RandomState, random_state, restore_random_state
+from hypergrad._random import RandomState, random_state, restore_random_state, same_state
 from hypergrad.loaders import Place, Resumable, check_resumable, fingerprint, place, put_back, same_place
 from hypergrad.problem import Problem
 
@@ -33,7 +33,7 @@ class _Draws:
         put_back(data, self.place)
 
     def agrees(self, other: _Draws) -> bool:
-        return _same(self.random, other.random) and same_place(self.place, other.place)
+        return same_state(self.random, other.random) and same_place(self.place, other.place)
 
     def state_dict(self) -> dict[str, Any]:
         return {"random": save_random(self.random), "place": self.place}
@@ -172,17 +172,6 @@ class Source:
 
 class DataError(RuntimeError):
     """A problem's data raised when a batch was drawn from it; the cause is chained."""
-
-
-def _same(one: RandomState | None, other: RandomState | None) -> bool:
-    """Return whether two states of the host's generators agree."""
-    if one is None or other is None:
-        return one is other
-    if not torch.equal(one.cpu, other.cpu) or one.python != other.python:
-        return False
-    if one.numpy is None or other.numpy is None:
-        return one.numpy is other.numpy
-    return all(np.array_equal(a, b) for a, b in zip(one.numpy, other.numpy, strict=True))
 
 
 def save_random(state: RandomState | None) -> dict[str, Any] | None:

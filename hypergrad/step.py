@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hypergrad._autograd import by_autograd, is_connected, leaf, underlying
 from hypergrad._compiled import Compile, compiled_gradient
 from hypergrad._flat import Layout, Params, constant
 from hypergrad._functional import Loss, arity, in_transform, scalar, second_name
@@ -79,6 +80,8 @@ class Step:
     leaves: tuple[Tensor, Params] | None = None
     versions: tuple[int, ...] = ()
     """Those of the upper leaves when the tape was made; they share memory with the caller's tensors."""
+    draws: bool = True
+    """Whether evaluating the loss may draw random numbers; if not, they need not be replayed."""
 
     def lower_loss(self, flat: Tensor, upper: Params) -> Tensor:
         """Return the lower loss of this step at `flat`, a scalar."""
@@ -87,7 +90,7 @@ class Step:
 
     def gradient(self, flat: Tensor, upper: Params, *, create_graph: bool = False) -> Tensor:
         """Return the gradient of the lower loss at `flat`, with this step's random draws."""
-        with replaying(self.random):
+        with replaying(self.random if self.draws else None):
             return gradient(lambda w: self.lower_loss(w, upper), flat, create_graph=create_graph)
 
     def tape_holds(self) -> bool:
@@ -119,24 +122,21 @@ class Step:
         One evaluation of the gradient and one product; where the gradient was taped, the product alone. `compile`
         compiles both; the optimizer's update stays eager, so that its step count may be a Python number.
         """
-        if in_transform():
+        if not by_autograd():
             return self._pull_by_transform(flat, states, upper, cotangents)
         bar, state_bars = cotangents
-        tensors = [t.detach().requires_grad_() for t in state_tensors(states)]
+        tensors = [leaf(t) for t in state_tensors(states)]
         with torch.enable_grad(), second_order():
             if self.taped is None or self.leaves is None or not self.tape_holds():
-                leaf, leaves = (
-                    flat.detach().requires_grad_(),
-                    {n: u.detach().requires_grad_() for n, u in upper.items()},
-                )
-                grad = self._taped_gradient(leaf, leaves, compile)
+                point, leaves = leaf(flat), {n: leaf(u) for n, u in upper.items()}
+                grad = self._taped_gradient(point, leaves, compile)
                 refuse_once_differentiable(grad)
             else:
-                (leaf, leaves), grad = self.leaves, self.taped
-            new, new_states = self.recipe.update(leaf, grad, with_tensors(states, tensors), leaves, self.index)
+                (point, leaves), grad = self.leaves, self.taped
+            new, new_states = self.recipe.update(point, grad, with_tensors(states, tensors), leaves, self.index)
         outcomes = [(new, bar), *zip(state_tensors(new_states), state_tensors(state_bars), strict=True)]
-        outcomes = [(out, out_bar) for out, out_bar in outcomes if out.requires_grad]
-        inputs = [leaf, *tensors, *leaves.values()]
+        outcomes = [(out, out_bar) for out, out_bar in outcomes if is_connected(out)]
+        inputs = [point, *tensors, *leaves.values()]
         pulled = explained_grad(
             [out for out, _ in outcomes], inputs, [b for _, b in outcomes], retain_graph=self.taped is not None
         )
@@ -170,15 +170,15 @@ class Step:
                 zeros = (torch.zeros_like(outcome[0]), [torch.zeros_like(t) for t in outcome[1]])
                 _, push = vjp(lambda bar, bars: pullback((bar, bars)), *zeros)
             return lambda w_dot, s_dot, u_dot: push((w_dot, s_dot, u_dot))
-        leaf, *rest = [t.detach().requires_grad_() for t in (flat, *tensors, *upper.values())]
+        point, *rest = [t.detach().requires_grad_() for t in (flat, *tensors, *upper.values())]
         with torch.enable_grad(), second_order():
             split = len(tensors)
-            new, new_tensors = step(leaf, rest[:split], dict(zip(upper, rest[split:], strict=True)))
+            new, new_tensors = step(point, rest[:split], dict(zip(upper, rest[split:], strict=True)))
         refuse_once_differentiable(new)
         outputs = [new, *new_tensors]
         live = [k for k, out in enumerate(outputs) if out.requires_grad]
         bars = [torch.zeros_like(outputs[k]).requires_grad_() for k in live]
-        pulled = explained_grad([outputs[k] for k in live], [leaf, *rest], bars, create_graph=True)
+        pulled = explained_grad([outputs[k] for k in live], [point, *rest], bars, create_graph=True)
 
         def push_forward(w_dot: Tensor, s_dot: list[Tensor], u_dot: Params) -> tuple[Tensor, list[Tensor]]:
             tangents = [w_dot, *s_dot, *u_dot.values()]
@@ -231,12 +231,11 @@ def take(
     if recording.keeps(step.index, num_steps):
         step = replace(step, flat=flat, states=states)
     live = replace(step, random=None)
-    if recording.tapes(step.index) and not in_transform():
-        leaf = flat.detach().requires_grad_()
-        leaves = {name: u.detach().requires_grad_() for name, u in upper.items()}
+    if recording.tapes(step.index) and by_autograd():
+        point, leaves = leaf(flat), {name: leaf(u) for name, u in upper.items()}
         with second_order():
-            taped = live.gradient(leaf, leaves, create_graph=True)
-        step = replace(step, flat=flat, states=states, taped=taped, leaves=(leaf, leaves), versions=versions(leaves))
+            taped = live.gradient(point, leaves, create_graph=True)
+        step = replace(step, flat=flat, states=states, taped=taped, leaves=(point, leaves), versions=versions(leaves))
         with torch.no_grad():
             flat, states = step.recipe.update(flat, taped.detach(), states, upper, step.index)
     else:
@@ -248,7 +247,7 @@ def take(
 
 def versions(params: Params) -> tuple[int, ...]:
     """Return how often each tensor has been changed in place."""
-    return tuple(p._version for p in params.values())
+    return tuple(underlying(p)._version for p in params.values())
 
 
 def takes_step(function: HyperFunction) -> bool:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from hypergrad._autograd import grads, leaf
 from hypergrad._flat import Params
 from hypergrad._random import random_state, restore_random_state
 from hypergrad._result import Result
@@ -70,21 +71,26 @@ def _one_task(network: Network, top: Runner, members: Sequence[Runner]) -> OneTa
         for member in members:
             records[member.name] = _descend(network, member, upper, buffers | ends, lower_batches[member.name])
             ends = ends | own(member.name, records[member.name].end)
-        flats = {name: record.end_flat for name, record in records.items()}
+        metrics: dict[str, Tensor] = {}
 
-        def upper_loss(at: dict[str, Tensor], u: Params) -> tuple[Tensor, dict[str, Tensor]]:
+        def upper_loss(at: Mapping[str, Tensor], u: Params) -> Tensor:
             overrides = u | buffers
             for name, record in records.items():
                 overrides = overrides | own(name, record.named(at[name]))
-            value, metrics = network.call(
+            value: Tensor
+            value, found = network.call(
                 lambda models: loss_value(top.problem.loss, models, batch, top.name), overrides, reader=top.name
             )
-            tensors = {k: torch.as_tensor(m, device=value.device).detach() for k, m in metrics.items()}
-            return value, tensors
+            metrics.update({k: torch.as_tensor(m, device=value.device).detach() for k, m in found.items()})
+            return value
 
-        (cotangents, grad), (value, metrics) = torch.func.grad_and_value(upper_loss, argnums=(0, 1), has_aux=True)(
-            flats, upper
-        )
+        with torch.enable_grad():
+            flats = {name: leaf(record.end_flat) for name, record in records.items()}
+            leaves = {name: leaf(u) for name, u in upper.items()}
+            value = upper_loss(flats, leaves)
+            slopes = dict(zip([*flats, *leaves], grads([value], [*flats.values(), *leaves.values()]), strict=True))
+        value = value.detach()
+        grad = {name: torch.zeros_like(u) if (g := slopes[name]) is None else g for name, u in leaves.items()}
         code = Result.SUCCESS.tensor(value.device)
         for member in members:
             method = member.problem.method
@@ -95,13 +101,16 @@ def _one_task(network: Network, top: Runner, members: Sequence[Runner]) -> OneTa
                 grad = method.direction(record, upper)
                 continue
             if isinstance(method, ResponseMethod):
-                pulled = method.vjp(record, upper, cotangents[member.name])
+                cotangent = slopes[member.name]
+                if cotangent is None:
+                    continue
+                pulled = method.vjp(record, upper, cotangent)
                 grad = add(grad, pulled.grad)
             else:
 
                 def loss_of_end(lower: Params, u: Params, _: Any, record: Trajectory = record) -> Tensor:
                     (name,) = records
-                    return upper_loss({name: record.layout.ravel(lower)}, u)[0]
+                    return upper_loss({name: record.layout.ravel(lower)}, u)
 
                 pulled = method.total(loss_of_end, record, upper, batch, None)
                 grad = pulled.grad
@@ -224,9 +233,9 @@ def first_task(problem: Problem, batch: Any, count: int) -> Any:
 
 
 def _check_leading(name: str, content: Any, count: int) -> None:
-    for leaf in pytree.tree_leaves(content):
-        if isinstance(leaf, Tensor) and (leaf.dim() == 0 or leaf.shape[0] != count):
+    for tensor in pytree.tree_leaves(content):
+        if isinstance(tensor, Tensor) and (tensor.dim() == 0 or tensor.shape[0] != count):
             raise ValueError(
-                f"problem {name!r}: a tensor in its batch has shape {tuple(leaf.shape)}; with tasks={count} every "
+                f"problem {name!r}: a tensor in its batch has shape {tuple(tensor.shape)}; with tasks={count} every "
                 f"tensor of a batch must lead with {count}, one slice per task."
             )

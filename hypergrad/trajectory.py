@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hypergrad._flat import Layout, Params, as_params, check_params, constant
 from hypergrad._functional import Loss
-from hypergrad._random import RandomState, random_state
+from hypergrad._random import RandomState, random_state, same_state
 from hypergrad._untouched import untouched
 from hypergrad.optim import Bound, Optimizer, bind
 from hypergrad.step import HyperFunction, Recipe, Recording, States, Step, take
@@ -220,10 +220,12 @@ def descend(
     with untouched(layout.device):
         flat = constant(layout.record(begun))
         states = bound_optimizer.init(flat) if state is None else _continued(state, bound_optimizer, flat)
+        random = random_state(layout.device)
         for index, batch in enumerate(batches):
-            step = Step(recipe, batch, index, random_state(layout.device))
+            step = Step(recipe, batch, index, random)
             step, flat, states = take(step, flat, states, constants, recording, len(batches))
-            steps.append(step)
+            random = random_state(layout.device)
+            steps.append(replace(step, draws=False) if same_state(step.random, random) else step)
     return Trajectory(
         layout=layout,
         end_flat=flat,

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hypergrad._autograd import by_autograd, grads, is_connected, leaf
 from hypergrad._flat import Params
-from hypergrad._functional import in_transform, scalar
+from hypergrad._functional import scalar
 from hypergrad._random import RandomState, random_state, replaying
 from hypergrad._tape import add, named, upper_gradient, vjp
 from hypergrad.methods._refusals import check_run
@@ -83,17 +84,16 @@ def joint_gradient(
     function: Callable[[Tensor, Params], Tensor], flat: Tensor, upper: Params
 ) -> tuple[Tensor, Tensor, Params]:
     """Return the value of `function` and its gradients in the flat lower and in `upper`, from one backward pass."""
-    if in_transform():
+    if not by_autograd():
         (lower_grad, upper_grad), value = torch.func.grad_and_value(function, argnums=(0, 1))(flat, upper)
         return value, lower_grad, upper_grad
     with torch.enable_grad():
-        leaf = flat.detach().requires_grad_()
-        leaves = {name: u.detach().requires_grad_() for name, u in upper.items()}
-        value = function(leaf, leaves)
-        if not value.requires_grad:
+        point, leaves = leaf(flat), {name: leaf(u) for name, u in upper.items()}
+        value = function(point, leaves)
+        if not is_connected(value):
             return value.detach(), torch.zeros_like(flat), {}
-        grads = torch.autograd.grad(value, [leaf, *leaves.values()], allow_unused=True)
-    return value.detach(), torch.zeros_like(flat) if grads[0] is None else grads[0], named(leaves, grads[1:])
+        slope, *others = grads([value], [point, *leaves.values()])
+    return value.detach(), torch.zeros_like(flat) if slope is None else slope, named(leaves, others)
 
 
 def require_dependence(upper: Params, grad: Params) -> None:
@@ -144,13 +144,13 @@ def run_start(trajectory: Trajectory, upper: Params) -> Tensor:
 
 def pull_start(trajectory: Trajectory, upper: Params, cotangent: Tensor) -> Params:
     """Return the cotangent of `upper` from one of the run's start."""
-    if in_transform():
+    if not by_autograd():
         _, pullback = vjp(lambda u: run_start(trajectory, u), upper)
         pulled: Params = pullback(cotangent)[0]
         return pulled
     with torch.enable_grad():
-        leaves = {name: u.detach().requires_grad_() for name, u in upper.items()}
+        leaves = {name: leaf(u) for name, u in upper.items()}
         begun = run_start(trajectory, leaves)
-        if not begun.requires_grad:
+        if not is_connected(begun):
             return {}
-        return named(leaves, torch.autograd.grad(begun, list(leaves.values()), cotangent, allow_unused=True))
+        return named(leaves, grads([begun], list(leaves.values()), [cotangent]))

@@ -8,15 +8,16 @@ wider `Method` alone: d(upper loss)/d(upper), whole.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from hypergrad._autograd import by_autograd, grads, is_connected, leaf
 from hypergrad._flat import Params
-from hypergrad._functional import in_transform, scalar
+from hypergrad._functional import scalar
 from hypergrad._result import Result, Stats
 from hypergrad._tape import named
 from hypergrad.step import Recording
@@ -141,21 +142,21 @@ def partials(upper_loss: UpperLoss, trajectory: Trajectory, upper: Params, batch
     def loss(flat: Tensor, u: Params) -> Tensor:
         return scalar(upper_loss(trajectory.named(flat), u, batch), "the upper loss")
 
-    if in_transform():
+    if not by_autograd():
         (cotangent, direct), value = torch.func.grad_and_value(loss, argnums=(0, 1))(trajectory.end_flat, upper)
         return value, cotangent, direct
     with torch.enable_grad():
-        flat = trajectory.end_flat.detach().requires_grad_()
-        leaves = {name: u.detach().requires_grad_() for name, u in upper.items()}
+        flat = leaf(trajectory.end_flat)
+        leaves = {name: leaf(u) for name, u in upper.items()}
         value = loss(flat, leaves)
-        if not value.requires_grad:
+        if not is_connected(value):
             raise ValueError(
                 "the upper loss depends neither on the lower nor on the upper parameters it receives: its value "
                 "carries no gradient. Compute it from its arguments, without .detach(), .item() or torch.no_grad()."
             )
-        grads: Sequence[Tensor | None] = torch.autograd.grad(value, [flat, *leaves.values()], allow_unused=True)
-    cotangent = torch.zeros_like(flat) if grads[0] is None else grads[0]
-    return value.detach(), cotangent, named(leaves, grads[1:])
+        slope, *others = grads([value], [flat, *leaves.values()])
+    cotangent = torch.zeros_like(flat) if slope is None else slope
+    return value.detach(), cotangent, named(leaves, others)
 
 
 def _sum(like: Tensor, first: Tensor | None, second: Tensor | None) -> Tensor:

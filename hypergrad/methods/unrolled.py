@@ -122,9 +122,10 @@ class Unrolled(ResponseMethod):
             for s in trajectory.end_states
         )
         grad: Params = {}
-        for step, flat, states in trajectory.backwards(first, upper):
-            bar, state_bars, upper_bar = step.pull(flat, states, upper, (bar, state_bars), compile=compile)
-            grad = add(grad, upper_bar)
+        with second_order():
+            for step, flat, states in trajectory.backwards(first, upper):
+                bar, state_bars, upper_bar = step.pull(flat, states, upper, (bar, state_bars), compile=compile)
+                grad = add(grad, upper_bar)
         if trajectory.start is not None:
             grad = add(grad, pull_start(trajectory, upper, bar))
         count = torch.full((), trajectory.num_steps - first, dtype=torch.int64, device=cotangent.device)
