@@ -26,12 +26,18 @@ class RandomState:
     numpy: Any = None
 
 
-def random_state(device: torch.device) -> RandomState | None:
-    """Return the generators' present state; None in a compiled region or under fake tensors, which cannot hold one."""
+def random_state(device: torch.device, *, anew: bool = False) -> RandomState | None:
+    """Return the generators' present state; None in a compiled region or under fake tensors, which cannot hold one.
+
+    Args:
+        device: the accelerator whose generator counts too, or the host.
+        anew: read NumPy's whole state. Without, it counts as unchanged while the generator's memory is what it was,
+            which seeding it again, and drawing another number of normals since, could feign.
+    """
     if torch.compiler.is_compiling() or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
         return None
     accelerator = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    return RandomState(torch.get_rng_state(), device, accelerator, random.getstate(), _numpy_state())
+    return RandomState(torch.get_rng_state(), device, accelerator, random.getstate(), _numpy_state(anew))
 
 
 def restore_random_state(state: RandomState | None) -> None:
@@ -79,7 +85,7 @@ _known: tuple[bytes, Any] | None = None
 """The mark that NumPy's generator bore when its state was last taken or put back, and that state."""
 
 
-def _numpy_state() -> Any:
+def _numpy_state(anew: bool) -> Any:
     """Return `np.random.get_state()`; the very same object while nothing is drawn, for taking it costs 0.1 ms.
 
     A mark that has not changed tells so, except where the generator holds a second normal draw in store: handing that
@@ -87,7 +93,7 @@ def _numpy_state() -> Any:
     """
     global _known
     mark = _numpy_mark()
-    if mark is not None and _known is not None and _known[0] == mark and not _known[1][3]:
+    if not anew and mark is not None and _known is not None and _known[0] == mark and not _known[1][3]:
         return _known[1]
     state = np.random.get_state()
     _known = None if mark is None else (mark, state)

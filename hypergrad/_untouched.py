@@ -18,7 +18,7 @@ def untouched(device: torch.device) -> Iterator[None]:
     if torch.compiler.is_compiling():
         yield
         return
-    state = random_state(device)
+    state = random_state(device, anew=True)
     try:
         with _StandIns(), _modes_restored():
             yield

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hypergrad._flat import Layout, Params
 from hypergrad._functional import Loss
-from hypergrad._random import RandomState
+from hypergrad._random import RandomState, random_state, same_state
 from hypergrad._tape import second_order
 from hypergrad.composite import Composite
 from hypergrad.graph import Graph
@@ -319,6 +319,8 @@ class Runner:
                                 "...])."
                             )
                         parts.setdefault(name, {})[key] = g
+        if step is not None and self.last is None and same_state(step.random, random_state(self.layout.device)):
+            self.window[-1] = replace(self.window[-1], draws=False)  # its derivative need not replay them
         record.put(self.name, "loss", value)
         for key, metric in metrics.items():
             record.put(self.name, key, metric)

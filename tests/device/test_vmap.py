@@ -161,3 +161,73 @@ def test_throw_and_explicit_checks_are_refused_inside():
         torch.func.vmap(lambda u: run(u, True, None))(population())
     with pytest.raises(ValueError, match="check_every=None"):
         torch.func.vmap(lambda u: run(u, False, 2))(population())
+
+
+@pytest.mark.parametrize("retain", [0.5, 1.0])
+def test_kept_tapes_serve_a_population(retain):
+    lower, _ = cases.parameters()
+    method = hg.Unrolled(retain=retain)
+
+    def run(upper, method):
+        traj = hg.descend(
+            cases.lower_loss,
+            lower,
+            upper,
+            optimizer=OPTIMIZER["SGD"],
+            batches=[DATA] * 4,
+            recording=method.recording(4),
+        )
+        assert [step.taped is not None for step in traj.steps] == [k >= 4 - round(4 * method.retain) for k in range(4)]
+        return hg.hypergradient(cases.upper_loss, traj, upper, method=method, batch=OTHER, throw=False)
+
+    many = population()
+    assert_equal(
+        torch.func.vmap(lambda u: run(u, method))(many),
+        [run(member(many, i), hg.Unrolled()) for i in range(POPULATION)],
+    )
+
+
+def test_members_may_lie_along_any_dimension_and_one_vmap_inside_another():
+    lower, _ = cases.parameters()
+
+    def run(upper):
+        traj = hg.descend(cases.lower_loss, lower, upper, optimizer=OPTIMIZER["Adam"], batches=[DATA] * 2)
+        return hg.hypergradient(cases.upper_loss, traj, upper, method=hg.Unrolled(), batch=OTHER, throw=False).grad
+
+    many = population()
+    expected = torch.func.vmap(run)(many)
+    last = {name: u.movedim(0, -1) for name, u in many.items()}
+    along = torch.func.vmap(run, in_dims=(dict.fromkeys(last, -1),))(last)
+    twice = torch.func.vmap(torch.func.vmap(run))({name: torch.stack([u, u]) for name, u in many.items()})
+    for name, value in expected.items():
+        torch.testing.assert_close(along[name], value, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(twice[name][1], value, rtol=1e-10, atol=1e-12)
+
+
+def test_a_loss_without_lower_parameters_is_named_inside_too():
+    lower, _ = cases.parameters()
+
+    def run(upper):
+        hg.descend(lambda w, u, b: u["shift"].sum() * 1.0, lower, upper, optimizer=OPTIMIZER["SGD"], batches=[DATA])
+        return upper
+
+    with pytest.raises(ValueError, match="does not depend on the lower parameters"):
+        torch.func.vmap(run)(population())
+
+
+def test_inside_one_vmap_no_transform_takes_a_derivative(monkeypatch):
+    """Derivatives of a population are autograd's, over all members at once: half the time of nested transforms."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a torch.func derivative was taken")
+
+    lower, _ = cases.parameters()
+    for name in ("grad", "vjp", "grad_and_value"):
+        monkeypatch.setattr(torch.func, name, refuse)
+    for method in (hg.Unrolled(), hg.Implicit(hg.CG(3, check_every=None), damping=1.0)):
+
+        def run(upper, method=method):
+            traj = hg.descend(cases.lower_loss, lower, upper, optimizer=OPTIMIZER["SGD"], batches=[DATA] * 2)
+            return hg.hypergradient(cases.upper_loss, traj, upper, method=method, batch=OTHER, throw=False).grad
+
+        torch.func.vmap(run)(population())

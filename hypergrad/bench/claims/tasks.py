@@ -1,0 +1,183 @@
+"""Sixteen tasks of MAML, five steps, second order, against a loop over `higher`; and against our own loop.
+
+Two ways to write them are measured: `descend` and `hypergradient` inside `torch.func.vmap`, and
+`Problem(..., tasks=16, start=...)` in an engine, whose figure is that of a whole step of the upper level.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+
+from hypergrad.bench.claims._problems import TASKS, convolutions, mlp, tied_loss
+from hypergrad.bench.claims._rival import Gradient, Rival, difference, milliseconds, quartiles, rival
+from hypergrad.bench.claims.base import Claim
+from hypergrad.bench.problems.base import Params, Task
+from hypergrad.engine import Engine
+from hypergrad.methods import Implicit, Method, Unrolled, hypergradient
+from hypergrad.optim import SGD
+from hypergrad.problem import Problem
+from hypergrad.solvers import CG
+from hypergrad.trajectory import descend
+
+ROUNDS = 7
+AGREE = 1e-3
+"""The largest relative distance, in float32, at which two gradients count as the same."""
+Run = Callable[[], Gradient]
+
+
+def measure() -> list[Claim]:
+    """Return the claims about tasks."""
+    claims = [*_loops()]
+    with rival() as higher:
+        claims += _network(higher, "mlp", mlp(), eager=None, compiled=20.0)
+        claims += _network(higher, "convolutions", convolutions(), eager=4.5, compiled=None)
+        claims += _network(higher, "convolutions", convolutions(size="large"), eager=None, compiled=None, size="large")
+    return claims
+
+
+def _network(
+    higher: Rival, name: str, task: Task, *, eager: float | None, compiled: float | None, size: str = "full"
+) -> list[Claim]:
+    """Return the ratios of the rival's time to ours; those without a bound are reported beside."""
+    method = Unrolled(retain=1.0)
+    runs: dict[str, Run] = {
+        "vmap": _functional(task, method),
+        f"tasks={TASKS}": _engine(task, method, chunk=None),
+    }
+    compile_seconds = None
+    if compiled is not None:
+        runs["vmap, compiled"] = _functional(task, Unrolled(), compile=True)
+        began = time.perf_counter()
+        runs["vmap, compiled"]()
+        compile_seconds = time.perf_counter() - began
+    gradients = {way: run() for way, run in runs.items()}
+    theirs: list[float] = []
+    ours: dict[str, list[float]] = {way: [] for way in runs}
+    reference: Gradient = {}
+    for _ in range(ROUNDS):
+        answer = higher.unroll(name, size=size)
+        theirs.append(median(answer.seconds))
+        reference = higher.gradient(answer)
+        for way, run in runs.items():
+            ours[way].append(_seconds(run))
+    title = f"{TASKS} MAML tasks, {name if size == 'full' else 'convolutions, 28 x 28'}"
+    claims = []
+    for way in runs:
+        bound = compiled if way.endswith("compiled") else eager
+        ratios = [a / b for a, b in zip(theirs, ours[way], strict=True)]
+        error = difference(gradients[way], reference)
+        detail = f"higher {milliseconds(theirs)}, ours {milliseconds(ours[way])}; gradients differ by {error:.1e}"
+        if way.endswith("compiled"):
+            detail += f"; first call {compile_seconds:.0f} s"
+        holds = error < AGREE and (bound is None or median(ratios) >= bound)
+        wanted = ">= 1 (reported beside)" if bound is None else f">= {bound:g}"
+        claims.append(Claim(f"{title}: {way}", median(ratios), quartiles(ratios), wanted, holds, detail))
+    if compile_seconds is not None:
+        claims.append(Claim(f"{title}: seconds to compile", compile_seconds, None, "<= 60", compile_seconds <= 60))
+    return claims
+
+
+def _loops() -> list[Claim]:
+    """Return how a default `chunk` compares with one task after the other."""
+    cases: list[tuple[str, Task, Method, bool]] = [
+        ("MAML, mlp", mlp(), Unrolled(), False),
+        ("MAML, convolutions", convolutions(), Unrolled(), False),
+        ("MAML, convolutions, 28 x 28", convolutions(size="large"), Unrolled(), False),
+        ("iMAML, mlp", mlp(), Implicit(CG(max_steps=5), damping=0.1), True),
+    ]
+    claims = []
+    for name, task, method, tied in cases:
+        default, loop = (_engine(task, method, chunk=chunk, tied=tied) for chunk in (None, 1))
+        error = difference(default(), loop())
+        ours, theirs = [], []
+        for _ in range(5):
+            ours.append(_seconds(default))
+            theirs.append(_seconds(loop))
+        ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+        claims.append(
+            Claim(
+                f"{name}: default chunk against chunk=1",
+                median(ratios),
+                quartiles(ratios),
+                "<= 1",
+                error < AGREE and median(ratios) <= 1,
+                f"{milliseconds(ours)} against {milliseconds(theirs)}; gradients differ by {error:.1e}",
+            )
+        )
+    return claims
+
+
+def _seconds(run: Run) -> float:
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
+
+
+def _functional(task: Task, method: Method, *, compile: bool = False) -> Run:
+    """Return the tasks' mean hypergradient, written with `vmap`."""
+
+    def one(support: tuple[Tensor, Tensor], query: tuple[Tensor, Tensor]) -> Params:
+        run = descend(
+            task.lower_loss,
+            task.upper,
+            task.upper,
+            optimizer=SGD(lr=task.lr),
+            batches=[support] * task.steps,
+            start=dict,
+            recording=method.recording(task.steps),
+        )
+        return hypergradient(task.upper_loss, run, task.upper, method=method, batch=query, throw=False).grad
+
+    together = torch.func.vmap(one)
+    if compile:
+        together = torch.compile(together, dynamic=False)
+    support, query = task.lower_batches[0], task.upper_batch
+    return lambda: {name: g.mean(0) for name, g in together(support, query).items()}
+
+
+class _Network(nn.Module):
+    """Parameters whose names may hold dots."""
+
+    def __init__(self, params: Params) -> None:
+        super().__init__()
+        self.names = list(params)
+        self.values = nn.ParameterList([p.clone() for p in params.values()])
+
+    def forward(self) -> Params:
+        return dict(zip(self.names, self.values, strict=True))
+
+
+def _engine(task: Task, method: Method, *, chunk: int | None, tied: bool = False) -> Run:
+    """Return a step of an engine over the same tasks; the upper learning rate of 0 leaves them where they are."""
+    learner, meta = _Network(task.upper), _Network(task.upper)
+    lower_loss = tied_loss if tied else task.lower_loss
+    lower = Problem(
+        "learner",
+        module=learner,
+        loss=lambda m, batch: lower_loss(m.learner(), m.meta() if tied else {}, batch["support"]),
+        optimizer=torch.optim.SGD(learner.parameters(), lr=task.lr),
+        steps=task.steps,
+        tasks=TASKS,
+        chunk=chunk,
+        start=lambda m: dict(m.meta.named_parameters()),
+        method=method,
+    )
+    upper = Problem(
+        "meta",
+        module=meta,
+        loss=lambda m, batch: task.upper_loss(m.learner(), {}, batch["query"]),
+        optimizer=torch.optim.SGD(meta.parameters(), lr=0.0),
+        data=[{"support": task.lower_batches[0], "query": task.upper_batch}],
+    )
+    engine = Engine([lower, upper])
+
+    def run() -> Gradient:
+        engine.step()
+        return {name: p.grad for name, p in zip(meta.names, meta.values, strict=True) if p.grad is not None}
+
+    return run
