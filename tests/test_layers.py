@@ -70,7 +70,7 @@ LAYERS: dict[str, float] = {
     "bench.claims_report": 8.2,
     "bench.measure": 8.2,
     "bench.pareto": 8.25,
-    "bench.pool": 8.2,
+    "bench.pool": 8.07,
     "bench.results": 8.3,
     "bench.suite": 8.4,
     "bench.figures": 8.4,
