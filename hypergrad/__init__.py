@@ -5,6 +5,7 @@ from hypergrad._result import Result, SolveError, Stats
 from hypergrad.composite import Composite
 from hypergrad.diagnosis import Agreement, Diagnoses, Diagnosis, diagnose
 from hypergrad.engine import Engine
+from hypergrad.faults import NonFiniteError
 from hypergrad.history import History, Record
 from hypergrad.methods import (
     BOME,
@@ -44,7 +45,9 @@ from hypergrad.solvers import (
     Solution,
     Solver,
 )
+from hypergrad.source import DataError
 from hypergrad.step import Recording
+from hypergrad.store import DamagedCheckpoint
 from hypergrad.trajectory import Trajectory, descend, solved, solved_root
 
 __version__ = "0.1.0"
@@ -55,6 +58,8 @@ __all__ = [
     "BOME",
     "CG",
     "Composite",
+    "DamagedCheckpoint",
+    "DataError",
     "Diagnoses",
     "Diagnosis",
     "Engine",
@@ -70,6 +75,7 @@ __all__ = [
     "MINRES",
     "Method",
     "Neumann",
+    "NonFiniteError",
     "Nystrom",
     "NystromPreconditioner",
     "OneStep",

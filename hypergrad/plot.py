@@ -132,6 +132,7 @@ def draw(lines: Sequence[Line], out: Path, *, title: str) -> None:
         axes.set_title(name, fontsize=10)
         axes.set_xlabel("step of the top level")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8, **({"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if name == _TIME else {}))
+        beside: Any = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
+        axes.legend(fontsize=8, **(beside if name == _TIME else {}))
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=120)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,7 +25,7 @@ class WandB(Callback):
         if every < 1:
             raise ValueError(f"WandB: every must be >= 1 steps, got {every}.")
         try:
-            import wandb
+            wandb = importlib.import_module("wandb")
         except ImportError as error:
             raise ImportError("callbacks.WandB needs the package wandb: pip install wandb") from error
         self.every = every
