@@ -19,7 +19,7 @@ import hypergrad as hg
 END = "end.pt"
 
 
-def build(*, every: int = 1, seed: int = 0, loaders: Any = None) -> hg.Engine:
+def build(*, every: int = 1, seed: int = 0, nested: bool = False) -> hg.Engine:
     """Return an engine with dropout, BatchNorm, Adam, schedulers, shuffled loaders, warm starts at three levels."""
     torch.manual_seed(seed)
     net = nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.3), nn.Linear(6, 2))
@@ -56,7 +56,7 @@ def build(*, every: int = 1, seed: int = 0, loaders: Any = None) -> hg.Engine:
                 loss=net_loss,
                 optimizer=lower,
                 scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(lower, 50),
-                data=loader(slice(0, 20)) if loaders is None else loaders,
+                data=loader(slice(0, 20)),
                 steps=2,
                 method=implicit,
             ),
@@ -74,7 +74,7 @@ def build(*, every: int = 1, seed: int = 0, loaders: Any = None) -> hg.Engine:
             hg.Problem("prior", module=prior, loss=prior_loss, optimizer=upper, data=loader(slice(30, 46))),
         ],
         on_breakdown="skip",
-        partial_hessian=True,
+        partial_hessian=not nested,
         product_check=False,
     )
 
