@@ -6,13 +6,14 @@ WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 RUNS := runs
+RIVALS := betty boat higher moskomule torchopt
 DEMO ?= --preset small --seeds 2 --method cg one-step no-implicit
 
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: help demo test check docs slow lint format types clean
+.PHONY: help demo test check docs slow lint format types clean rivals $(RIVALS:%=rival-%)
 .DELETE_ON_ERROR:
 
 help:
@@ -21,6 +22,7 @@ help:
 	@echo "make check   what continuous integration runs: lint, types, tests, docs"
 	@echo "make docs    the documentation, built strictly into site/"
 	@echo "make slow    the tests that take minutes"
+	@echo "make rivals  an environment in .rivals/ for each library that the benchmark compares; rival-higher makes one"
 	@echo "make lint | format | types | clean"
 
 $(VENV)/.torch:
@@ -58,8 +60,19 @@ types: $(VENV)/.extra-dev
 docs: $(VENV)/.extra-docs
 	$(BIN)/mkdocs build --strict --quiet --site-dir site
 
+rivals: $(RIVALS:%=rival-%)
+
+$(RIVALS:%=rival-%): rival-%: .rivals/%/.made
+
+# requirements.txt pins everything beside torch, hence --no-deps
+.rivals/%/.made: hypergrad/bench/rivals/%/requirements.txt
+	$(PYTHON) -m venv .rivals/$*
+	.rivals/$*/bin/pip install --quiet --progress-bar off $(TORCH)
+	.rivals/$*/bin/pip install --quiet --progress-bar off --no-deps --ignore-requires-python -r $<
+	@touch $@
+
 check: lint types test docs
 
 clean:
-	rm -rf $(VENV) site build dist runs *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .rivals site build dist runs *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -65,6 +65,8 @@ LAYERS: dict[str, float] = {
     "bench.worker": 8.1,
     "bench.bar": 8,
     "bench.weighing": 8,
+    "bench.rivals": 8.05,
+    "bench.rivals.holder": 8.03,
     "bench.reference": 8.1,
     "bench.claims": 8.1,
     "bench.claims_report": 8.2,
