@@ -73,6 +73,8 @@ def serve(contender: Contender) -> None:
     region may hang. Without `os.fork` (Windows) this does not work.
     """
     torch.set_num_threads(1)
+    x = torch.ones(1, requires_grad=True)
+    torch.autograd.grad(x * x, x, torch.ones(1))  # a cotangent makes PyTorch import a great deal, once for all forks
     built: tuple[tuple[str, str, int, str], Task] | None = None
     for line in sys.stdin:
         if not line.strip():
