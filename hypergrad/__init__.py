@@ -1,9 +1,11 @@
 """Hypergradients for bilevel and multilevel optimization in PyTorch."""
 
-from hypergrad import callbacks, methods, optim, solvers
+from hypergrad import callbacks, distributed, methods, optim, solvers
 from hypergrad._result import Result, SolveError, Stats
+from hypergrad.averaged import Averaged
 from hypergrad.composite import Composite
 from hypergrad.diagnosis import Agreement, Diagnoses, Diagnosis, diagnose
+from hypergrad.distributed import all_gather
 from hypergrad.engine import Engine
 from hypergrad.faults import NonFiniteError
 from hypergrad.history import History, Record
@@ -55,6 +57,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Agreement",
     "AmIGO",
+    "Averaged",
     "BOME",
     "CG",
     "Composite",
@@ -98,12 +101,14 @@ __all__ = [
     "StocBiO",
     "Trajectory",
     "Unrolled",
+    "all_gather",
     "best_response",
     "callbacks",
     "check_product",
     "descend",
     "detach",
     "diagnose",
+    "distributed",
     "hypergradient",
     "methods",
     "optim",

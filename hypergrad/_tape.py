@@ -125,6 +125,11 @@ class AutogradTape(Tape):
         """Return (dF/d upper)^T cotangent for the names that F reads."""
         return named(self._upper, self._pull(list(self._upper.values()), cotangent))
 
+    def pull_both(self, cotangent: Tensor) -> tuple[Tensor, Params]:
+        """Return (dF/d lower)^T cotangent and (dF/d upper)^T cotangent, by one backward pass."""
+        lower, *upper = self._pull([self._lower, *self._upper.values()], cotangent)
+        return torch.zeros_like(self._lower) if lower is None else lower, named(self._upper, upper)
+
     def _pull(self, inputs: list[Tensor], cotangent: Tensor) -> Sequence[Tensor | None]:
         if not is_connected(self._residual):  # the gradient of a linear loss is constant
             return [None for _ in inputs]

@@ -9,6 +9,7 @@ import torch
 
 from hypergrad._flat import Params
 from hypergrad._untouched import untouched
+from hypergrad.averaged import plain
 from hypergrad.composite import Composite
 from hypergrad.methods import Implicit, Method
 from hypergrad.methods._refusals import check_fixed_point
@@ -122,7 +123,7 @@ def _check_batches(runner: Runner, method: Method) -> None:
 
 def _check_implicit(runner: Runner, method: Implicit) -> None:
     name = runner.name
-    loss: Any = runner.response or runner.loss
+    loss: Any = plain(runner.response or runner.loss)
     if method.curvature == "gauss_newton" and not isinstance(loss, Composite):
         nested = f"; with levels below ({runner.nested}) its structure is lost" if runner.nested else ""
         raise ValueError(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -15,9 +16,12 @@ from torch import Tensor
 from hypergrad._flat import Params
 from hypergrad._random import RandomState, random_state, replaying, restore_random_state
 from hypergrad._tape import add
+from hypergrad.averaged import plain
 from hypergrad.callbacks.base import Callback
 from hypergrad.checks import arrange, check_runner
 from hypergrad.coupling import by_problem, ravel, settle
+from hypergrad.distributed import Signals
+from hypergrad.distributed.launch import begin_alike, check_alike, choose_ranks, rank_stream
 from hypergrad.faults import Faults, Gradient, OnBreakdown, OnNonfinite
 from hypergrad.graph import Graph
 from hypergrad.history import History, Record
@@ -29,7 +33,7 @@ from hypergrad.product_check import check_product
 from hypergrad.reads import Reads, dry_reads
 from hypergrad.runner import Runner
 from hypergrad.saving import load_all, save_all
-from hypergrad.source import DataError
+from hypergrad.source import DataError, load_random, save_random
 from hypergrad.tasks import first_task, run_tasks
 from hypergrad.trajectory import Trajectory
 
@@ -53,6 +57,11 @@ class Engine:
             four times in a row (one copy of parameters and optimizer states a step). None does as `on_breakdown` says.
         partial_hessian: allow levels with levels below whose rule cannot be differentiated, by holding the lower ones
             fixed in curvature and mixed partial. It biases the hypergradient.
+        distributed: the processes that train together, each taking its part of every batch; see docs/scaling.md. None
+            for all processes of a `torchrun` whose script leaves `torch.distributed` to the engine (and for this
+            process alone where there is no `torchrun`); True for all of an initialised group, or a process group;
+            False for this process alone. Every rank must build the same engine and step it alike; parameters, buffers
+            and the random state begin as rank 0 has them, losses draw from a stream of each rank's own.
         product_check: at build, compare one Hessian product with a finite difference for each problem whose method
             needs second derivatives; it catches modules whose second derivative is silently wrong.
 
@@ -92,12 +101,21 @@ class Engine:
         on_nonfinite: OnNonfinite | None = None,
         partial_hessian: bool = False,
         product_check: bool = True,
+        distributed: bool | Any | None = None,
     ) -> None:
         """Infer the graph by one dry call of each loss, and check it."""
         self.faults = Faults(on_breakdown, on_nonfinite)
         self.graph = Graph(arrange(problems), partial_hessian=partial_hessian)
+        self.ranks = choose_ranks(distributed)
+        self.signals = Signals()
+        if self.ranks is not None:
+            begin_alike(self.ranks, {name: p.module for name, p in self.graph.problems.items()})
         self.network = Network(list(self.graph.problems.values()))
-        self.runners = {name: Runner(p, self.graph, self.network) for name, p in self.graph.problems.items()}
+        self.runners = {
+            name: Runner(p, self.graph, self.network, self.ranks) for name, p in self.graph.problems.items()
+        }
+        self._device = next(iter(self.runners.values())).whole.device
+        self._stream = None if self.ranks is None else rank_stream(self.ranks, self._device)
         self.num_steps = 0
         self.is_between_steps = True
         """Whether the last step was completed."""
@@ -110,10 +128,17 @@ class Engine:
         self._past: dict[str, set[str]] = {}
         self._batches: dict[str, Any] = {}
         self._chunks: dict[str, int] = {}
+        with self._sharing():
+            self._build(product_check)
+
+    def _build(self, product_check: bool) -> None:
+        """Find what each problem reads, and check that it all fits."""
         self.graph.validate_top()
         for level in reversed(self.graph.levels):
             for problem in level:
                 self.graph.reads[problem.name] = self._find_reads(problem)
+        if self.ranks is not None:
+            check_alike(self.ranks, self.graph.reads)
         self.graph.validate()
         for name, runner in self.runners.items():
             self.network.restrict(name, self.graph.reads[name].accessed)
@@ -123,6 +148,11 @@ class Engine:
             self._past[name] = self.graph.overtaken(name)
         for name, runner in self.runners.items():
             check_runner(runner, self._upper(self.graph.depends(name)))
+            tasks = runner.problem.tasks
+            if self.ranks is not None and tasks is not None and tasks % self.ranks.size:
+                raise ValueError(
+                    f"problem {name!r}: tasks={tasks} do not divide among {self.ranks.size} ranks. Choose a multiple."
+                )
         if product_check:
             for runner in self.runners.values():
                 self._check_product(runner)
@@ -156,13 +186,34 @@ class Engine:
 
     def _step(self) -> Record:
         record = Record(step=self.num_steps)
-        self._step_level(len(self.graph.levels) - 1, self.graph.levels[-1], 0, record)
+        with self._sharing():
+            self._step_level(len(self.graph.levels) - 1, self.graph.levels[-1], 0, record)
         return record
 
     @property
     def names(self) -> list[list[str]]:
         """The problems' names by level, lowest first."""
         return [[problem.name for problem in level] for level in self.graph.levels]
+
+    @contextlib.contextmanager
+    def _sharing(self) -> Iterator[None]:
+        """Let losses gather over the ranks in the body."""
+        with contextlib.nullcontext() if self.ranks is None else self.ranks.active():
+            yield
+
+    @contextlib.contextmanager
+    def _own_draws(self) -> Iterator[None]:
+        """Let random numbers in the body come from this rank's stream; the generators go on as all ranks have them."""
+        if self.ranks is None:
+            yield
+            return
+        common = random_state(self._device)
+        restore_random_state(self._stream)
+        try:
+            yield
+        finally:
+            self._stream = random_state(self._device)
+            restore_random_state(common)
 
     def _upper(self, names: Iterable[str]) -> Params:
         """Return the present variables of these problems."""
@@ -174,6 +225,8 @@ class Engine:
     def _find_reads(self, problem: Problem) -> Reads:
         """Return what the problem reads, by a dry call on its first batch, or on one task's part of it."""
         batch = self._first_batch(problem)
+        if not any(p.tasks is not None for p in self.graph.problems.values()):
+            batch = self._shard(self.runners[problem.name], batch)
         level = self.graph.level_of[problem.name]
         below = self.graph.levels[level - 1] if level else []
         by_task = {p.name: p.tasks for p in below if p.tasks is not None}
@@ -237,7 +290,8 @@ class Engine:
         for problem in due:
             if problem.method is not None and problem.method.num_fresh:
                 runner = self.runners[problem.name]
-                runner.fresh = [self._draw(runner, 0) for _ in range(problem.method.num_fresh)]
+                count = problem.method.num_fresh
+                runner.fresh = [self._shard(runner, self._draw(runner, 0)) for _ in range(count)]
         return bool(due)
 
     def _steps_above(self, level: int) -> int:
@@ -257,6 +311,17 @@ class Engine:
             finally:
                 self.seconds["data"] += perf_counter() - began
         return runner.problem.select_from(self._batch(self.parent(runner.problem)), index)
+
+    def _shard(self, runner: Runner, batch: Any) -> Any:
+        """Return this rank's part of a batch."""
+        if self.ranks is None:
+            return batch
+        owner = runner
+        while owner.source is None:
+            owner = self.parent(owner.problem)
+        if owner.problem.yields_shards:
+            return batch
+        return runner.problem.parts(batch, self.ranks.size)[self.ranks.rank]
 
     def _batch(self, runner: Runner) -> Any:
         """Return the batch of the problem's present step, drawn when first asked for."""
@@ -280,10 +345,25 @@ class Engine:
 
     def _gradient(self, runner: Runner, record: Record) -> Gradient:
         """Return the gradient of the problem's loss at its present values, with the levels below responding."""
-        batch = self._batch(runner)
+        batch = self._shard(runner, self._batch(runner))
+        members = self._with_tasks(runner)
+        tasks = {m.name: [self._shard(m, self._draw(m, k)) for k in range(m.problem.steps)] for m in members}
+        with self._own_draws():
+            if members:
+                return self._task_gradient(runner, members, batch, tasks, record)
+            return self._gradient_on(runner, batch, record)
+
+    def _with_tasks(self, runner: Runner) -> list[Runner]:
+        """Return the problems with tasks over which this one's gradient is averaged."""
+        if not any(r.problem.tasks is not None for r in self._lower[runner.name]):
+            return []
+        below = self.graph.levels[self.graph.level_of[runner.name] - 1]
+        accessed = self.graph.reads[runner.name].accessed
+        return [self.runners[p.name] for p in below if p.tasks is not None and p.name in accessed]
+
+    def _gradient_on(self, runner: Runner, batch: Any, record: Record) -> Gradient:
+        """Return the gradient on this rank's part of the batch; where there are ranks, of all their parts."""
         lower = self._lower[runner.name]
-        if any(r.problem.tasks is not None for r in lower):
-            return self._task_gradient(runner, batch, record)
         trajectories: dict[str, Trajectory] = {}
         for r in lower:
             past = {name: trajectories[name] for name in self._past[runner.name] if name in trajectories}
@@ -292,7 +372,8 @@ class Engine:
         runner.record(batch, random, {name: trajectories[name] for name in runner.nested if name in trajectories})
         read = [r for r in lower if r.name in runner.nested]
         began = perf_counter()
-        value, partials = runner.partials(batch, read, record)
+        signals = self.signals if self._is_top(runner) else None
+        value, partials = runner.partials(batch, read, record, signals)
         self.seconds[f"{runner.name}.loss"] += perf_counter() - began
         grad = partials.pop(runner.name)
         codes: list[Tensor] = []
@@ -327,14 +408,14 @@ class Engine:
             restore_random_state(after)
         return Gradient(runner, value, grad, codes, batch, bool(lower), residuals)
 
-    def _task_gradient(self, runner: Runner, batch: Any, record: Record) -> Gradient:
+    def _task_gradient(
+        self, runner: Runner, members: list[Runner], batch: Any, batches: dict[str, list[Any]], record: Record
+    ) -> Gradient:
         """Return the gradient averaged over the tasks of the level below."""
-        below = self.graph.levels[self.graph.level_of[runner.name] - 1]
-        accessed = self.graph.reads[runner.name].accessed
-        members = [self.runners[p.name] for p in below if p.tasks is not None and p.name in accessed]
-        batches = {m.name: [self._draw(m, k) for k in range(m.problem.steps)] for m in members}
         chunk = self._chunks.get(runner.name, members[0].problem.chunk)
-        outcome, self._chunks[runner.name] = run_tasks(self.network, runner, members, batch, batches, chunk)
+        signals = self.signals if self._is_top(runner) else None
+        outcome, chunk = run_tasks(self.network, runner, members, batch, batches, chunk, signals)
+        self._chunks[runner.name] = chunk
         for member in members:
             member.num_steps += member.problem.steps
         record.put(runner.name, "loss", outcome["value"])
@@ -342,6 +423,10 @@ class Engine:
             record.put(runner.name, key, metric)
         grad = by_problem(outcome["grad"]).get(runner.name, {})
         return Gradient(runner, outcome["value"], grad, [outcome["code"]], batch, True, {})
+
+    def _is_top(self, runner: Runner) -> bool:
+        """Return whether signals travel with this problem's gradient: one a step of the engine."""
+        return runner.problem is self.graph.levels[-1][0]
 
     def _pull(
         self,
@@ -373,7 +458,8 @@ class Engine:
                 return value
 
             with replaying(random):
-                pulled: Pulled = method.total(upper_loss, trajectory, upper, batch, runner.warm.get(top.name))
+                warm = runner.warm.get(top.name)
+                pulled: Pulled = method.total(top.averaged(upper_loss), trajectory, upper, batch, warm)
         else:
             pulled = method.vjp(trajectory, upper, ravel(runner, cotangent), runner.warm.get(top.name))
         if pulled.state is not None:
@@ -404,7 +490,9 @@ class Engine:
             return
         upper = self._upper(self.graph.depends(runner.name))
         lower = {key: p.detach() for key, p in runner.used.items()}
-        check_product(runner.loss, lower, upper, self._first_batch(runner.problem), name=f"problem {runner.name!r}")
+        batch = self._shard(runner, self._first_batch(runner.problem))
+        with self._own_draws():
+            check_product(plain(runner.loss), lower, upper, batch, name=f"problem {runner.name!r}")
 
     # --- saving and going on -----------------------------------------------------------------------------------------
 
@@ -424,6 +512,7 @@ class Engine:
             )
         state = save_all(self.runners) | {
             "num_steps": self.num_steps,
+            "rank_random": save_random(self._stream),
             "chunks": dict(self._chunks),
             "callbacks": {name: listener.state_dict() for name, listener in named(self.listeners).items()},
         }
@@ -443,5 +532,6 @@ class Engine:
         """
         load_all(self.runners, state)
         self.num_steps, self._chunks = state["num_steps"], dict(state["chunks"])
+        self._stream = load_random(state["rank_random"], self._device)
         self.listening = state["callbacks"]
         self.is_between_steps = True

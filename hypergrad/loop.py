@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from hypergrad.callbacks.base import Callback, Runnable
 from hypergrad.callbacks.checkpoint import Checkpoint
+from hypergrad.distributed import Ranks, Signals
 from hypergrad.history import History, Record
 from hypergrad.store import newest
 
@@ -18,6 +19,8 @@ class Steppable(Runnable, Protocol):
 
     listeners: Sequence[Callback]
     listening: Mapping[str, Any]
+    ranks: Ranks | None
+    signals: Signals
 
     def step(self) -> Record:
         """Return the record of one step of the top level."""
@@ -55,6 +58,10 @@ def run(engine: Steppable, num_steps: int, callbacks: Iterable[Callback], resume
                 for listener in listeners:
                     listener.on_step(engine, record)
                 if any(listener.should_stop for listener in listeners):
+                    if engine.ranks is None:
+                        break
+                    engine.signals.request("stop")  # every rank stops after its next step
+                if "stop" in engine.signals.agreed:
                     break
     finally:
         engine.listeners, engine.listening = (), {}

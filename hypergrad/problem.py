@@ -10,9 +10,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader, DistributedSampler
 
 from hypergrad._flat import Params
 from hypergrad._functional import arity
+from hypergrad.averaged import Split, split
 from hypergrad.composite import Composite
 from hypergrad.methods import ForwardUnrolled, Method, Reptile, Unrolled
 
@@ -58,6 +60,12 @@ class Problem:
         tasks: number of independent copies; batch leaves lead with it, the reader's loss runs per task and is averaged.
         chunk: tasks at a time under one vmap (1 is a loop); None measures once which is faster.
         reads: names of the problems that the loss reads, instead of finding out by a dry call.
+        micro_batches: into how many parts each batch is cut; gradients and products are averaged over them, one part
+            in memory at a time. Equal to the full batch for losses that are means over samples.
+        split: (batch, count) -> parts of equal size, for micro-batches and for ranks; None cuts every tensor of the
+            batch along its first dimension.
+        sharded: under a data-parallel engine, `data` yields this rank's own part of each batch, which is then not cut.
+            A `DataLoader` with a `DistributedSampler` is recognised.
 
     Raises:
         ValueError: for every option out of range, naming the problem and the option.
@@ -85,6 +93,9 @@ class Problem:
     tasks: int | None = None
     chunk: int | None = None
     reads: Sequence[str] | None = None
+    micro_batches: int = 1
+    split: Split | None = None
+    sharded: bool = False
 
     def __post_init__(self) -> None:
         """Validate everything that can be told from this problem alone."""
@@ -99,7 +110,7 @@ class Problem:
         self._check(
             isinstance(self.optimizer, torch.optim.Optimizer), "optimizer", self.optimizer, "a torch.optim.Optimizer"
         )
-        for option in ("steps", "every"):
+        for option in ("steps", "every", "micro_batches"):
             value = getattr(self, option)
             self._check(isinstance(value, int) and value >= 1, option, value, "an int >= 1")
         for option in ("tasks", "chunk"):
@@ -117,7 +128,7 @@ class Problem:
         )
         functions = isinstance(self.hyper, Mapping) and all(callable(function) for function in self.hyper.values())
         self._check(functions, "hyper", self.hyper, "a dict of functions of models")
-        for option in ("project", "start", "select", "response"):
+        for option in ("project", "start", "select", "response", "split"):
             value = getattr(self, option)
             self._check(value is None or callable(value), option, value, "None or a function")
         named = not isinstance(self.reads, str) and isinstance(self.reads, (Sequence, type(None)))
@@ -166,6 +177,11 @@ class Problem:
             )
 
     def _check_combinations(self) -> None:
+        if self.micro_batches > 1 and self.tasks is not None:
+            raise ValueError(
+                f"problem {self.name!r}: micro_batches={self.micro_batches} cuts batches of samples, and with "
+                f"tasks={self.tasks} a batch leads with tasks. Bound the memory with chunk= instead."
+            )
         if self.chunk is not None and self.tasks is None:
             raise ValueError(f"problem {self.name!r}: chunk={self.chunk} applies to tasks, and tasks is None.")
         if self.select is not None and self.data is not None:
@@ -235,6 +251,22 @@ class Problem:
         if self.scheduler is None:
             return []
         return list(self.scheduler) if isinstance(self.scheduler, Sequence) else [self.scheduler]
+
+    @property
+    def yields_shards(self) -> bool:
+        """Return whether `data` yields one rank's part of each batch already."""
+        return self.sharded or (isinstance(self.data, DataLoader) and isinstance(self.data.sampler, DistributedSampler))
+
+    def parts(self, batch: Any, count: int) -> Sequence[Any]:
+        """Return `count` parts of a batch.
+
+        Raises:
+            ValueError: if it does not divide; the message names the problem.
+        """
+        try:
+            return (self.split or split)(batch, count)
+        except ValueError as error:
+            raise ValueError(f"problem {self.name!r}: {error}") from error
 
     def select_from(self, batch: Any, step: int) -> Any:
         """Return this problem's part of the batch of the level above, at own step `step` of the window."""

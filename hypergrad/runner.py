@@ -14,7 +14,9 @@ from hypergrad._flat import Layout, Params
 from hypergrad._functional import Loss
 from hypergrad._random import RandomState, random_state, same_state
 from hypergrad._tape import second_order
+from hypergrad.averaged import Averaged
 from hypergrad.composite import Composite
+from hypergrad.distributed import Ranks, Signals
 from hypergrad.graph import Graph
 from hypergrad.history import Record
 from hypergrad.methods import Method, ResponseMethod, best_response
@@ -42,8 +44,9 @@ class Surrounded:
 class Runner:
     """One problem at run time."""
 
-    def __init__(self, problem: Problem, graph: Graph, network: Network) -> None:
-        """Prepare the problem's optimizer and loss for recording."""
+    def __init__(self, problem: Problem, graph: Graph, network: Network, ranks: Ranks | None = None) -> None:
+        """Prepare the problem's optimizer and loss for recording; `ranks` share each batch."""
+        self.ranks = ranks
         self.problem, self.graph, self.network = problem, graph, network
         self.name = problem.name
         self.source = None if problem.data is None else Source(problem)
@@ -57,6 +60,7 @@ class Runner:
         """Which own step of the window is being taken."""
         self.began_at_start = False
         self.variables = problem.variables()
+        self.float_buffers = {key: b for key, b in problem.module.named_buffers() if b.is_floating_point()}
         self.whole = Layout.of(self.variables, what=f"the variables of problem {self.name!r}")
         self.stepper = Stepper(problem)
         begins_anew = problem.tasks is None and (problem.restarts or problem.start is not None)
@@ -85,8 +89,9 @@ class Runner:
         }
         self.leaves = {(self.name, key): p for key, p in self.variables.items()} | self.watched
         self.moving = self.graph.moving(self.name)
-        self.loss = self._functional(self.problem.loss)
-        self.response = None if self.problem.response is None else self._functional(self.problem.response)
+        self.loss = self.averaged(self._functional(self.problem.loss))
+        response = self.problem.response
+        self.response = None if response is None else self.averaged(self._functional(response))
         method = self.problem.method
         self.opaque = not self._must_differentiate_optimizer()
         self.bound = self.bind()
@@ -155,6 +160,17 @@ class Runner:
 
         return value
 
+    def averaged(self, loss: Loss) -> Loss:
+        """Return a loss of this problem as the mean over its micro-batches and over the ranks."""
+        if self.ranks is None and self.problem.micro_batches == 1:
+            return loss
+        return Averaged(loss, self.problem.micro_batches, self.ranks, self._split)
+
+    def _split(self, batch: Any, count: int) -> list[Any]:
+        if isinstance(batch, Surrounded):
+            return [replace(batch, batch=part) for part in self.problem.parts(batch.batch, count)]
+        return list(self.problem.parts(batch, count))
+
     def _call(self, function: Function, overrides: Params | None = None) -> Any:
         """Return function(models), as this problem's functions see them; no buffer changes."""
         return self.network.call(function, overrides, reader=self.name)
@@ -189,7 +205,10 @@ class Runner:
                 continue
             if self.reruns:
                 record = record.again(upper)
-            overrides = overrides | own(other, best_response(record, upper, method=method, throw=False))
+            response = best_response(record, upper, method=method, throw=False)
+            if self.ranks is not None:
+                response = self.ranks.share_params(response)
+            overrides = overrides | own(other, response)
         return overrides
 
     # --- a window of own steps ---------------------------------------------------------------------------------------
@@ -293,38 +312,102 @@ class Runner:
 
     # --- one step ----------------------------------------------------------------------------------------------------
 
-    def partials(self, batch: Any, read: Sequence[Runner], record: Record) -> tuple[Tensor, dict[str, Params]]:
+    def partials(
+        self, batch: Any, read: Sequence[Runner], record: Record, signals: Signals | None = None
+    ) -> tuple[Tensor, dict[str, Params]]:
         """Return the loss at the modules' present values, and its partial derivatives here and for those `read`.
 
-        A problem of whose variables the loss uses none is left out. Only this problem's buffers change.
+        A problem of whose variables the loss uses none is left out. Only this problem's buffers change. With ranks, all
+        of it is averaged over them in one all-reduce, which carries `signals` along.
         """
         leaves = self.leaves
         for other in read:
             leaves = leaves | other.own_leaves
         step = self.window[-1] if self.window else None
         tapes = step is not None and self.recording is not None and self.recording.tapes(step.index) and not read
+        before = {key: buffer._version for key, buffer in self.float_buffers.items()}
         with torch.enable_grad():
             if tapes and step is not None:
                 value, metrics, parts = self._taped_partials(step, batch)
+                found = {(name, key): g for name, part in parts.items() for key, g in part.items()}
             else:
-                value, metrics = self._evaluate(batch, {})
-                tensors = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
-                parts = {self.name: {}}
-                for (name, key), g in zip(leaves, tensors, strict=True):
-                    if g is not None:
-                        if (name, key) in self.watched:
-                            raise ValueError(
-                                f"problem {self.name!r}: its loss depends on {name!r}, which it did not on its first "
-                                f"batch, when the graph was inferred. Say Problem({self.name!r}, reads=[{name!r}, "
-                                "...])."
-                            )
-                        parts.setdefault(name, {})[key] = g
+                value, metrics, found = self._partials_in_parts(batch, leaves)
         if step is not None and self.last is None and same_state(step.random, random_state(self.layout.device)):
             self.window[-1] = replace(self.window[-1], draws=False)  # its derivative need not replay them
+        for name, key in found:
+            if (name, key) in self.watched:
+                raise ValueError(
+                    f"problem {self.name!r}: its loss depends on {name!r}, which it did not on its first batch, when "
+                    f"the graph was inferred. Say Problem({self.name!r}, reads=[{name!r}, ...])."
+                )
+        if self.ranks is not None:
+            written = [b for key, b in self.float_buffers.items() if b._version != before[key]]
+            like = {} if tapes else leaves
+            value, metrics, means = self._over_ranks(self.ranks, value, metrics, found, like, written, signals)
+            found = found if tapes else means
+        elif signals is not None:
+            signals.send(value.device)
+        parts = {self.name: {}}
+        for (name, key), g in found.items():
+            parts.setdefault(name, {})[key] = g
         record.put(self.name, "loss", value)
         for key, metric in metrics.items():
             record.put(self.name, key, metric)
         return value.detach(), parts
+
+    def _partials_in_parts(
+        self, batch: Any, leaves: Mapping[tuple[str, str], Tensor]
+    ) -> tuple[Tensor, dict[str, Any], dict[tuple[str, str], Tensor]]:
+        """Return loss, metrics and derivatives, averaged over micro-batches that are evaluated one after the other."""
+        count = self.problem.micro_batches
+        values: list[Tensor] = []
+        metrics: dict[str, list[Any]] = {}
+        found: dict[tuple[str, str], Tensor] = {}
+        for part in self._split(batch, count) if count > 1 else [batch]:
+            value, part_metrics = self._evaluate(part, {})
+            tensors = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
+            for key, g in zip(leaves, tensors, strict=True):
+                if g is not None:
+                    found[key] = found[key] + g if key in found else g
+            values.append(value.detach() if count > 1 else value)
+            for name, metric in part_metrics.items():
+                metrics.setdefault(name, []).append(metric)
+        if count == 1:
+            return values[0], {name: metric for name, (metric,) in metrics.items()}, found
+        means = {name: _mean(several) for name, several in metrics.items()}
+        return sum(values[1:], values[0]) / count, means, {key: g / count for key, g in found.items()}
+
+    def _over_ranks(
+        self,
+        ranks: Ranks,
+        value: Tensor,
+        metrics: dict[str, Any],
+        found: dict[tuple[str, str], Tensor],
+        like: Mapping[tuple[str, str], Tensor],
+        buffers: Sequence[Tensor],
+        signals: Signals | None,
+    ) -> tuple[Tensor, dict[str, Any], dict[tuple[str, str], Tensor]]:
+        """Return loss, metrics and derivatives averaged over ranks in one all-reduce, which `buffers` get too."""
+        numbers = {
+            key: torch.as_tensor(m, dtype=torch.float64 if value.dtype is torch.float64 else torch.float32).to(value)
+            for key, m in metrics.items()
+            if isinstance(m, int | float) or (isinstance(m, Tensor) and m.numel() == 1 and not m.is_complex())
+        }
+        also = [value.detach(), *numbers.values(), *buffers]
+        if signals is not None:
+            also.append(signals.send(value.device))
+        names = {f"{name}.{key}": (name, key) for name, key in like}
+        local = {text: found[pair] for text, pair in names.items() if pair in found}
+        averaged, means = ranks.average_params(local, {text: like[pair] for text, pair in names.items()}, also)
+        if signals is not None:
+            *means, sent = means
+            signals.receive(sent)
+        value, *means = means
+        with torch.no_grad():
+            for buffer, mean in zip(buffers, means[len(numbers) :], strict=True):
+                buffer.copy_(mean)
+        metrics = metrics | dict(zip(numbers, means[: len(numbers)], strict=True))
+        return value, metrics, {names[text]: g for text, g in averaged.items()}
 
     def _evaluate(self, batch: Any, overrides: Params) -> tuple[Tensor, dict[str, Any]]:
         value, metrics = self.network.call(
@@ -348,10 +431,24 @@ class Runner:
             above.update({key: v.requires_grad_() for key, v in self.network.variables(name).items()})
         with second_order():
             seen = step.batch.constants if isinstance(step.batch, Surrounded) else {}
-            value, metrics = self._evaluate(batch, {**seen, **own(self.name, self.layout.unravel(leaf)), **above})
-            (taped,) = torch.autograd.grad(value, leaf, create_graph=True)
+            value, metrics, taped = self._taped(batch, leaf, above, seen)
         self.window[-1] = replace(step, taped=taped, leaves=(leaf, above), versions=versions(above))
         return value, metrics, {self.name: self.layout.unravel(taped.detach().clone())}  # clipped in place
+
+    def _taped(self, batch: Any, leaf: Tensor, above: Params, seen: Params) -> tuple[Tensor, dict[str, Any], Tensor]:
+        """Return loss, metrics and gradient at `leaf`, the gradient with its graph."""
+        flat, upper, parts = leaf, above, [batch]
+        if self.problem.micro_batches > 1:
+            parts = self._split(batch, self.problem.micro_batches)
+        if self.ranks is not None:
+            (flat,), upper = self.ranks.share([leaf]), self.ranks.share_params(above)
+        overrides = seen | own(self.name, self.layout.unravel(flat)) | upper
+        several = [self._evaluate(part, overrides) for part in parts]
+        value = torch.stack([value for value, _ in several]).mean() if len(several) > 1 else several[0][0]
+        (taped,) = torch.autograd.grad(value, leaf, create_graph=True)
+        names = several[0][1]
+        metrics = {name: _mean([m[name] for _, m in several]) for name in names} if len(several) > 1 else names
+        return value, metrics, taped
 
     def evaluate_again(self, batch: Any) -> tuple[Tensor, Params]:
         """Return the loss and its gradient once more, for optimizers that evaluate several times a step."""
@@ -449,3 +546,10 @@ class Runner:
             start=start if started else None,
             response=self.response,
         )
+
+
+def _mean(several: Sequence[Any]) -> Any:
+    """Return the mean of a metric over micro-batches; its last value where it is not a number."""
+    if all(isinstance(m, int | float) or (isinstance(m, Tensor) and m.is_floating_point()) for m in several):
+        return sum(several[1:], several[0]) / len(several)
+    return several[-1]

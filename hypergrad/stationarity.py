@@ -11,7 +11,7 @@ with s = -1 under `maximize`, else 1, and d the coupled weight decay of each par
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -19,9 +19,10 @@ from torch import Tensor
 
 from hypergrad._compiled import Compile, CompiledTape, compiled_gradient
 from hypergrad._flat import Layout, Params
-from hypergrad._functional import Residual, scalar
+from hypergrad._functional import Loss, Residual, in_transform, scalar
 from hypergrad._random import RandomState, replaying
 from hypergrad._tape import Tape, TapeKind, gradient, tape
+from hypergrad.averaged import Averaged, PartsTape, plain, ranks_of
 from hypergrad.composite import Composite
 from hypergrad.operators import Function, Operator
 from hypergrad.trajectory import Trajectory
@@ -75,9 +76,13 @@ class Linearization:
     def __init__(self, tape: Tape, operator: Operator, responding: Responding) -> None:
         """Hold the tape of F and the operator that goes with it."""
         self._tape = tape
-        self.value = tape.value
         self.operator = operator
         self.responding = responding
+
+    @property
+    def value(self) -> Tensor:
+        """F at the solution; of an average over ranks, free once a product has been taken."""
+        return self._tape.value
 
     def mixed(self, x: Tensor) -> Params:
         """Return (dF/du)^T x, named like `upper`."""
@@ -112,9 +117,12 @@ def linearize(
     responding = Responding.of(trajectory, over)
     samples = samples_of(trajectory, batches)
     point = responding.select(trajectory.end_flat if at is None else at)
-    if compile:
+    loss = trajectory.response or trajectory.loss
+    if isinstance(loss, Averaged) and at is None and not in_transform():
+        condition_tape: Tape = _parts_tape(trajectory, responding, samples, loss, point, upper, compile)
+    elif compile:
         compiled = compiled_stationarity(trajectory, responding, samples, compile)
-        condition_tape: Tape = CompiledTape(compiled, point, upper)
+        condition_tape = CompiledTape(compiled, point, upper)
     else:
         condition = stationarity(trajectory, responding, samples)
         condition_tape = tape(condition, point, upper, kind=kind, differentiable=at is not None)
@@ -123,6 +131,27 @@ def linearize(
     else:
         operator = _jacobian(condition_tape, trajectory, responding)
     return Linearization(condition_tape, operator, responding)
+
+
+def _parts_tape(
+    trajectory: Trajectory,
+    responding: Responding,
+    samples: Sequence[Sample],
+    loss: Averaged,
+    point: Tensor,
+    upper: Params,
+    compile: Compile,
+) -> PartsTape:
+    """Return the tape of F for a lower loss that is an average."""
+    one = replace(trajectory, loss=loss.loss, response=None)
+
+    def residual(part: Any) -> Residual:
+        if compile:
+            return compiled_stationarity(one, responding, [(part, None)], compile)
+        return stationarity(one, responding, [(part, None)])
+
+    residuals = [(random, [residual(part) for part in loss.parts(batch)]) for batch, random in samples]
+    return PartsTape(residuals, point, upper, loss, CompiledTape if compile else None)
 
 
 def stationarity(trajectory: Trajectory, responding: Responding, samples: Sequence[Sample]) -> Residual:
@@ -246,19 +275,30 @@ def _gauss_newton(
     kind: TapeKind,
 ) -> Operator:
     """Return s (J^T B J + Hessian of the penalty) + d I, averaged over `samples`."""
-    loss = trajectory.response or trajectory.loss
+    given = trajectory.response or trajectory.loss
+    loss = None if given is None else plain(given)
     if not isinstance(loss, Composite):
         raise ValueError(
             "curvature='gauss_newton' needs the lower loss as hg.Composite(outputs, criterion, penalty): a plain "
             "function does not show its outputs. Wrap it, or use curvature='hessian'."
         )
-    products = [_gauss_newton_product(loss, responding, sample, point, upper, kind) for sample in samples]
+    products = [
+        _gauss_newton_product(loss, responding, sample, point, upper, kind) for sample in _in_parts(given, samples)
+    ]
+    ranks = ranks_of(given)
 
     def product(v: Tensor) -> Tensor:
+        shared = v
+        if ranks is not None:
+            (v,) = ranks.share([v])
         total = products[0](v)
         for other in products[1:]:
             total = total + other(v)
-        return _with_decay(trajectory, responding, total / len(products) if len(products) > 1 else total, v, upper)
+        if len(products) > 1:
+            total = total / len(products)
+        if ranks is not None:
+            (total,) = ranks.average([total])
+        return _with_decay(trajectory, responding, total, shared, upper)
 
     return Function(
         product,
@@ -269,6 +309,13 @@ def _gauss_newton(
         symmetric=True,
         second_moment=_second_moment(trajectory, responding),
     )
+
+
+def _in_parts(loss: Loss | None, samples: Sequence[Sample]) -> list[Sample]:
+    """Return the samples cut into micro-batches; all of them draw from the sample's random state."""
+    if not isinstance(loss, Averaged):
+        return list(samples)
+    return [(part, random) for batch, random in samples for part in loss.parts(batch)]
 
 
 def _gauss_newton_product(

@@ -12,9 +12,10 @@ from torch import Tensor
 from hypergrad._autograd import by_autograd, is_connected, leaf, underlying
 from hypergrad._compiled import Compile, compiled_gradient
 from hypergrad._flat import Layout, Params, constant
-from hypergrad._functional import Loss, arity, in_transform, scalar, second_name
+from hypergrad._functional import Loss, Residual, arity, in_transform, scalar, second_name
 from hypergrad._random import RandomState, replaying
 from hypergrad._tape import (
+    add,
     explained_grad,
     explained_transform,
     gradient,
@@ -23,6 +24,7 @@ from hypergrad._tape import (
     second_order,
     vjp,
 )
+from hypergrad.averaged import Averaged, PartsTape, average_gradient
 from hypergrad.optim import Bound, State, clip_norm, clip_value
 
 HyperFunction = Callable[..., Any]
@@ -90,7 +92,10 @@ class Step:
 
     def gradient(self, flat: Tensor, upper: Params, *, create_graph: bool = False) -> Tensor:
         """Return the gradient of the lower loss at `flat`, with this step's random draws."""
+        loss = self.recipe.loss
         with replaying(self.random if self.draws else None):
+            if isinstance(loss, Averaged):
+                return average_gradient(loss, self.recipe.layout, flat, upper, self.batch, create_graph=create_graph)
             return gradient(lambda w: self.lower_loss(w, upper), flat, create_graph=create_graph)
 
     def tape_holds(self) -> bool:
@@ -124,6 +129,8 @@ class Step:
         """
         if not by_autograd():
             return self._pull_by_transform(flat, states, upper, cotangents)
+        if isinstance(self.recipe.loss, Averaged) and self.taped is None and not in_transform():
+            return self._pull_in_parts(self.recipe.loss, flat, states, upper, cotangents, compile)
         bar, state_bars = cotangents
         tensors = [leaf(t) for t in state_tensors(states)]
         with torch.enable_grad(), second_order():
@@ -144,6 +151,40 @@ class Step:
             torch.zeros_like(x) if p is None else p for x, p in zip(inputs[: 1 + len(tensors)], pulled, strict=False)
         ]
         return known[0], with_tensors(states, known[1:]), named(leaves, pulled[1 + len(tensors) :])
+
+    def _pull_in_parts(
+        self,
+        loss: Averaged,
+        flat: Tensor,
+        states: States,
+        upper: Params,
+        cotangents: tuple[Tensor, States],
+        compile: Compile,
+    ) -> tuple[Tensor, States, Params]:
+        """Return the same for an average: the update first, then its gradient's parts; two all-reduces."""
+        recipe, (bar, state_bars) = self.recipe, cotangents
+
+        def part_gradient(part: Any) -> Residual:
+            part_recipe = replace(recipe, loss=loss.loss)
+            step = replace(self, recipe=part_recipe, batch=part, random=None)
+            return lambda w, u: step._taped_gradient(w, u, compile)
+
+        tape = PartsTape([(self.random, [part_gradient(part) for part in loss.parts(self.batch)])], flat, upper, loss)
+        point, grad, *tensors = (t.detach().requires_grad_() for t in (flat, tape.value, *state_tensors(states)))
+        leaves = {name: u.detach().requires_grad_() for name, u in upper.items()}
+        with torch.enable_grad():
+            new, new_states = recipe.update(point, grad, with_tensors(states, tensors), leaves, self.index)
+        outcomes = [(new, bar), *zip(state_tensors(new_states), state_tensors(state_bars), strict=True)]
+        outcomes = [(out, out_bar) for out, out_bar in outcomes if out.requires_grad]
+        inputs = [point, grad, *tensors, *leaves.values()]
+        pulled = explained_grad([out for out, _ in outcomes], inputs, [b for _, b in outcomes], retain_graph=False)
+        split = 2 + len(tensors)
+        flat_bar, grad_bar, *tensor_bars = (
+            torch.zeros_like(x) if p is None else p for x, p in zip(inputs[:split], pulled, strict=False)
+        )
+        above = named(leaves, pulled[split:])
+        by_gradient, above_by_gradient = tape.pull_both(grad_bar)
+        return flat_bar + by_gradient, with_tensors(states, tensor_bars), add(above, above_by_gradient)
 
     def _taped_gradient(self, flat: Tensor, upper: Params, compile: Compile) -> Tensor:
         if not compile:

@@ -20,6 +20,7 @@ from hypergrad._flat import Params
 from hypergrad._random import random_state, restore_random_state
 from hypergrad._result import Result
 from hypergrad._tape import add
+from hypergrad.distributed import Ranks, Signals
 from hypergrad.methods import Reptile, ResponseMethod
 from hypergrad.network import Network, own
 from hypergrad.problem import Problem, loss_value
@@ -37,6 +38,7 @@ def run_tasks(
     batch: Any,
     lower_batches: dict[str, list[Any]],
     chunk: int | None,
+    signals: Signals | None = None,
 ) -> tuple[Outcome, int]:
     """Return the averaged outcome of all tasks, and the chunk size used (measured once, if `chunk` is None).
 
@@ -44,12 +46,15 @@ def run_tasks(
         network: evaluates losses.
         top: the problem whose loss runs per task.
         members: the problems with tasks that it reads, in order.
-        batch: the reader's batch; its tensors lead with the number of tasks.
+        batch: the reader's batch; its tensors lead with the number of tasks, of this rank's where ranks share them.
         lower_batches: for each member one batch per own step, likewise.
         chunk: tasks at a time; 1 is a loop.
+        signals: of the top level, which travel with its gradient.
     """
-    count = members[0].problem.tasks
-    assert count is not None
+    tasks = members[0].problem.tasks
+    assert tasks is not None
+    ranks = top.ranks
+    count = tasks if ranks is None else tasks // ranks.size
     for runner, content in ((top, batch), *((m, lower_batches[m.name]) for m in members)):
         _check_leading(runner.name, content, count)
     upper = network.variables(top.name)
@@ -61,7 +66,26 @@ def run_tasks(
 
     if chunk is None:
         chunk = _fastest(run, count, top)
-    return run(chunk), chunk
+    outcome = run(chunk)
+    sent = [] if signals is None else [signals.send(outcome["code"].device)]
+    if ranks is None:
+        return outcome, chunk
+    outcome, received = _over_ranks(ranks, outcome, upper, sent)
+    if signals is not None:
+        signals.receive(received[0])
+    return outcome, chunk
+
+
+def _over_ranks(ranks: Ranks, outcome: Outcome, upper: Params, sent: list[Tensor]) -> tuple[Outcome, list[Tensor]]:
+    """Return the mean outcome and the worst code of all ranks' tasks, by one all-reduce."""
+    metrics = outcome["metrics"]
+    code: Tensor = outcome["code"]
+    kinds = torch.arange(len(Result), device=code.device)
+    also = [outcome["value"], (kinds == code).float(), *metrics.values(), *sent]
+    grad, (value, codes, *means) = ranks.average_params(outcome["grad"], upper, also)
+    averaged = dict(zip(metrics, means, strict=False))
+    worst = ((codes > 0) * kinds).max()
+    return {"grad": grad, "value": value, "metrics": averaged, "code": worst}, means[len(metrics) :]
 
 
 def _one_task(network: Network, top: Runner, members: Sequence[Runner]) -> OneTask:

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from hypergrad._autograd import by_autograd, grads, is_connected, leaf
 from hypergrad._flat import Params
-from hypergrad._functional import scalar
+from hypergrad._functional import Loss, scalar
 from hypergrad._random import RandomState, random_state, replaying
 from hypergrad._tape import add, named, upper_gradient, vjp
+from hypergrad.averaged import over_parts, over_ranks
 from hypergrad.methods._refusals import check_run
 from hypergrad.methods.base import Method, UpperLoss
 from hypergrad.trajectory import Trajectory
@@ -27,16 +28,24 @@ def last_learning_rate(method: Method, trajectory: Trajectory, upper: Params) ->
 
 
 def loss_gradient(trajectory: Trajectory, flat: Tensor, upper: Params) -> Params:
-    """Return the derivative in `upper` of the lower loss at `flat`, with the run's last batch and random draws."""
-    loss = trajectory.response or trajectory.loss
-    assert loss is not None
+    """Return the derivative in `upper` of the lower loss at `flat`, with the run's last batch and random draws.
+
+    Of an average over ranks, this rank's share: what is linear in it is reduced once, at its end.
+    """
     ((batch, random),) = trajectory.samples(1)
 
-    def value(u: Params) -> Tensor:
-        return scalar(loss(trajectory.named(flat), u, batch), "the lower loss")
+    def of_part(loss: Loss, part: Any) -> Params:
+        return upper_gradient(lambda u: scalar(loss(trajectory.named(flat), u, part), "the lower loss"), upper)
 
     with replaying(random):
-        return upper_gradient(value, upper)
+        return over_parts(minimized(trajectory), batch, of_part)
+
+
+def minimized(trajectory: Trajectory) -> Loss:
+    """Return the loss that stands for the lower level in its derivatives."""
+    loss = trajectory.response or trajectory.loss
+    assert loss is not None
+    return loss
 
 
 Sample = tuple[Any, RandomState | None]
@@ -133,6 +142,7 @@ def difference_quotient(trajectory: Trajectory, upper: Params, direction: Tensor
     behind = loss_gradient(trajectory, trajectory.end_flat - epsilon * unit, upper)
     scale = norm / (2 * epsilon)
     quotient = {name: (ahead[name] - behind[name]) * scale for name in ahead if name in behind}
+    quotient = over_ranks(minimized(trajectory), quotient, upper)
     return add(quotient, decay_gradient(trajectory, upper, direction))
 
 

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from hypergrad._autograd import by_autograd, grads, is_connected, leaf
 from hypergrad._flat import Params
-from hypergrad._functional import scalar
+from hypergrad._functional import in_transform, scalar
 from hypergrad._result import Result, Stats
 from hypergrad._tape import named
+from hypergrad.averaged import Averaged, over_parts
 from hypergrad.step import Recording
 from hypergrad.trajectory import Trajectory
 
@@ -138,6 +139,8 @@ class ResponseMethod(Method):
 
 def partials(upper_loss: UpperLoss, trajectory: Trajectory, upper: Params, batch: Any) -> tuple[Tensor, Tensor, Params]:
     """Return the upper loss at the lower solution, and its partial derivatives in the flat lower and in `upper`."""
+    if isinstance(upper_loss, Averaged) and not in_transform():
+        return _averaged_partials(upper_loss, trajectory, upper, batch)
 
     def loss(flat: Tensor, u: Params) -> Tensor:
         return scalar(upper_loss(trajectory.named(flat), u, batch), "the upper loss")
@@ -157,6 +160,23 @@ def partials(upper_loss: UpperLoss, trajectory: Trajectory, upper: Params, batch
         slope, *others = grads([value], [flat, *leaves.values()])
     cotangent = torch.zeros_like(flat) if slope is None else slope
     return value.detach(), cotangent, named(leaves, others)
+
+
+def _averaged_partials(
+    upper_loss: Averaged, trajectory: Trajectory, upper: Params, batch: Any
+) -> tuple[Tensor, Tensor, Params]:
+    """Return the same for an average: value and both derivatives in one all-reduce."""
+
+    def of_part(loss: UpperLoss, part: Any) -> Params:
+        value, cotangent, direct = partials(loss, trajectory, upper, part)
+        return {"value": value, "lower": cotangent, **{f"upper.{name}": g for name, g in direct.items()}}
+
+    found = over_parts(upper_loss, batch, of_part)
+    value, cotangent = found.pop("value"), found.pop("lower")
+    if upper_loss.ranks is not None:
+        like = {f"upper.{name}": u for name, u in upper.items()}
+        found, (value, cotangent) = upper_loss.ranks.average_params(found, like, [value, cotangent])
+    return value, cotangent, {name.removeprefix("upper."): g for name, g in found.items()}
 
 
 def _sum(like: Tensor, first: Tensor | None, second: Tensor | None) -> Tensor:
