@@ -67,10 +67,10 @@ def _implicit(task: Task, *, full: bool) -> Ladder:
     found["CG 20, Nystrom preconditioner"] = Implicit(
         CG(max_steps=20, rtol=1e-8, preconditioner=NystromPreconditioner(rank=20))
     )
-    found["Nystrom 20"] = Implicit(Nystrom(rank=20))
     found["OneStep"] = OneStep(step_size=step)
     found["SOBA"] = SOBA(step_size=step)
     if full:
+        found["Nystrom 20"] = Implicit(Nystrom(rank=20))
         found["AmIGO 10"] = AmIGO(steps=10, step_size=step)
         found["StocBiO 20"] = StocBiO(num_products=20, step_size=step)
         found["F2SA"] = F2SA(strength=10.0, step_size=step / 20, steps=5)

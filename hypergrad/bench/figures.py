@@ -28,7 +28,8 @@ def draw(results: Results, folder: Path) -> list[str]:
         rows = [row for row in results.rows if row.problem == problem and row.relative_error is not None]
         if not rows:
             continue
-        figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.6), sharey=True, layout="constrained")
+        figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.6), sharey=True)
+        figure.subplots_adjust(left=0.07, right=0.98, bottom=0.12, top=0.9, wspace=0.05)
         _panel(axes[0], rows, libraries, "median", "seconds")
         _panel(axes[1], rows, libraries, "peak_bytes", "MiB above the start")
         axes[0].set_ylabel("relative error")
@@ -53,8 +54,9 @@ def _panel(axis: Any, rows: Sequence[Row], libraries: Sequence[str], cost: Cost,
             axis.scatter(
                 [_across(row, cost, unit, least) for row in points],
                 [_up(row) for row in points],
-                color=_COLOURS[index % len(_COLOURS)],
                 marker=_MARKERS[index % len(_MARKERS)],
+                facecolors=["none" if row.carried else _COLOURS[index % len(_COLOURS)] for row in points],
+                edgecolors=_COLOURS[index % len(_COLOURS)],
                 s=36,
                 label=library,
                 zorder=3,
@@ -69,13 +71,13 @@ def _panel(axis: Any, rows: Sequence[Row], libraries: Sequence[str], cost: Cost,
     )
     for index, row in enumerate(best):
         at = _across(row, cost, unit, least), _up(row)
-        axis.annotate(
-            row.label, at, xytext=(5, 5 if index % 2 else -11), textcoords="offset points", fontsize=7, color="#333333"
-        )
+        where = (5, 5 if index % 2 else -11)
+        axis.annotate(row.label, at, xytext=where, textcoords="offset points", fontsize=7, annotation_clip=True)
     axis.axhline(1.0, color="#cc4444", linewidth=0.8, linestyle=":")
     axis.set_xscale("log")
     axis.set_yscale("log")
-    axis.margins(x=0.15, y=0.1)
+    axis.margins(x=0.2, y=0.1)
+    axis.xaxis.set_minor_formatter(importlib.import_module("matplotlib.ticker").NullFormatter())
     axis.set_xlabel(label)
     axis.grid(True, which="major", color="#eeeeee", zorder=0)
     axis.spines[["top", "right"]].set_visible(False)

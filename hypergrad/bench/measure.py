@@ -32,6 +32,7 @@ class Row:
         num_products: Hessian or Jacobian products as the method counts them.
         num_gradients: evaluations of the lower loss in one call.
         peak_bytes: the rise of the resident size in one call.
+        carried: whether it rests on a state that earlier calls at the same point have built up.
         note: a breakdown's text, or another remark.
         versions: of what did the work.
     """
@@ -51,6 +52,7 @@ class Row:
     num_products: int | None = None
     num_gradients: int | None = None
     peak_bytes: int | None = None
+    carried: bool = False
     note: str = ""
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -107,6 +109,7 @@ def row(problem: str, library: str, offer: Offer, response: Response, folder: Pa
         num_products=response.num_products,
         num_gradients=response.num_gradients,
         peak_bytes=response.peak_bytes,
+        carried=response.carried,
         note=response.note,
     )
 

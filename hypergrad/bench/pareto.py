@@ -11,13 +11,15 @@ Cost = Literal["median", "peak_bytes"]
 
 
 def front(rows: Sequence[Row], cost: Cost = "median") -> list[Row]:
-    """Return the rows that no other beats in both error and cost, cheapest first; wrong ones take no part.
+    """Return the rows that no other beats in both error and cost, cheapest first.
+
+    Wrong ones take no part, nor do those whose state earlier calls have paid for.
 
     Args:
         rows: of one problem.
         cost: "median" for time, "peak_bytes" for memory.
     """
-    usable = [row for row in rows if row.relative_error is not None and row.relative_error < 1]
+    usable = [row for row in rows if row.relative_error is not None and row.relative_error < 1 and not row.carried]
     usable = [row for row in usable if price(row, cost) is not None]
     usable.sort(key=lambda row: (price(row, cost), row.relative_error))
     found: list[Row] = []

@@ -38,7 +38,7 @@ class Request:
         settings: that offer's settings.
         size, seed, dtype: what the problem is built with; dtype is "float32" or "float64".
         repeats: how often to time, at most; 0 for a single call, whose time counts as it is.
-        warmup: calls before that, beyond the first.
+        warmup: calls before that, beyond a first one within the budget.
         threads: for intra-operation parallelism.
         budget: seconds after which no further repeat is begun; a first call of four times that is the only one.
         limit: seconds after which the attempt is ended and reported as failed.
@@ -83,6 +83,7 @@ class Response:
         num_products: Hessian or Jacobian products as the method counts them; None where it does not.
         num_gradients: evaluations of the lower loss in one call; None where they cannot be counted.
         gradient: the file with d upper_loss / d upper by name, in the request's `out`.
+        carried: whether it rests on a state that earlier calls at the same point have built up.
         note: what a reader of the table should know.
         versions: of what did it.
         offers: the answer to a request without a method,
@@ -98,6 +99,7 @@ class Response:
     num_products: int | None = None
     num_gradients: int | None = None
     gradient: str | None = None
+    carried: bool = False
     note: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     offers: list[Offer] = field(default_factory=list)

@@ -43,8 +43,8 @@ def markdown(results: Results, drawn: Sequence[str] = (), *, level: int = 1, fol
         "",
         "Error and cosine against a float64 reference. Time: median of repeats (quartiles), after warm-up; what is "
         "compiled is compiled before, in the seconds given. Memory: rise of the resident size in one call. **Bold**: "
-        "nothing measured here is both faster and more accurate. *wrong*: the error is at least 1, so that a gradient "
-        "of zeros would have been closer.",
+        "nothing measured here is both faster and more accurate, states "
+        "built up by earlier calls left out. *wrong*: the error is at least 1, so that zeros would have been closer.",
     ]
     if results.skipped:
         lines += ["", f"Left out, for want of an environment: {', '.join(results.skipped)}."]

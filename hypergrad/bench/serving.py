@@ -42,11 +42,13 @@ class Outcome:
     Attributes:
         gradient: d upper_loss / d upper by name.
         num_products: Hessian or Jacobian products spent, if the library counts them.
+        carried: whether it rests on a state that earlier calls at the same point have built up.
         note: what a reader of the table should know.
     """
 
     gradient: dict[str, Tensor]
     num_products: int | None = None
+    carried: bool = False
     note: str = ""
 
 
@@ -154,13 +156,16 @@ def answer(contender: Contender, task: Task, request: Request) -> Response:
         offers = contender.offers(task, request.size)
         return Response(ok=True, offers=offers, facts=_facts(task), versions=contender.versions())
     _touch(task)
-    run = contender.prepare(task, request.method, request.settings)
+    compiles = bool(request.settings.get("compile"))
+    watched = Watched(task)
+    run = contender.prepare(task if compiles else watched.task, request.method, request.settings)
     began = time.perf_counter()
     outcome = run()
     first = time.perf_counter() - began
-    compiles = bool(request.settings.get("compile"))
     once = request.repeats == 0 or (first > 4 * request.budget and not compiles)
-    seconds = [first] if once else _repeat(run, request)
+    seconds = [first] if once else _repeat(run, first, request)
+    watched.count = 0
+    peak = None if once else peak_bytes(run)
     name = "gradient.npz"
     arrays: dict[str, Any] = {key: g.detach().cpu().double().numpy() for key, g in outcome.gradient.items()}
     np.savez(Path(request.out) / name, **arrays)
@@ -169,13 +174,34 @@ def answer(contender: Contender, task: Task, request: Request) -> Response:
         seconds=seconds,
         first_seconds=first,
         compile_seconds=max(first - float(np.median(seconds)), 0.0) if compiles else None,
-        peak_bytes=None if once else peak_bytes(run),
+        peak_bytes=peak,
         num_products=outcome.num_products,
-        num_gradients=None if once or compiles else _evaluations(contender, task, request),
+        num_gradients=None if once or compiles else watched.count,
         gradient=name,
+        carried=outcome.carried,
         note=outcome.note,
         versions=contender.versions(),
     )
+
+
+class Watched:
+    """A task that counts how often its lower loss is evaluated; under vmap all tasks count as one evaluation.
+
+    Args:
+        task: the task to watch. Compiled code is not watched: the count would be part of what is compiled.
+    """
+
+    def __init__(self, task: Task) -> None:
+        self.count = 0
+        outputs = None if task.outputs is None else self._counted(task.outputs)
+        self.task = replace(task, lower_loss=self._counted(task.lower_loss), outputs=outputs)
+
+    def _counted(self, loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def evaluate(*arguments: Any) -> Tensor:
+            self.count += 1
+            return loss(*arguments)
+
+        return evaluate
 
 
 def _facts(task: Task) -> dict[str, Any]:
@@ -204,10 +230,10 @@ def _first(batch: Any) -> Any:
     return pytree.tree_map(lambda leaf: leaf[0] if isinstance(leaf, Tensor) else leaf, batch)
 
 
-def _repeat(run: Callable[[], Outcome], request: Request) -> list[float]:
+def _repeat(run: Callable[[], Outcome], first: float, request: Request) -> list[float]:
     """Return the seconds of each repeat, as many as the request and its budget allow, at least one."""
     began = time.perf_counter()
-    for _ in range(request.warmup):
+    for _ in range(request.warmup if first < request.budget else 0):
         run()
     seconds: list[float] = []
     for _ in range(request.repeats):
@@ -218,23 +244,3 @@ def _repeat(run: Callable[[], Outcome], request: Request) -> list[float]:
         if now - began > request.budget:
             break
     return seconds
-
-
-def _evaluations(contender: Contender, task: Task, request: Request) -> int:
-    """Return how often one call evaluates the lower loss; under vmap all tasks count as one evaluation."""
-    count = 0
-
-    def counted(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def evaluate(*arguments: Any) -> Tensor:
-            nonlocal count
-            count += 1
-            return loss(*arguments)
-
-        return evaluate
-
-    outputs = None if task.outputs is None else counted(task.outputs)
-    watched = replace(task, lower_loss=counted(task.lower_loss), outputs=outputs)
-    run = contender.prepare(watched, request.method, request.settings)
-    count = 0
-    run()
-    return count

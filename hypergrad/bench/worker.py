@@ -116,14 +116,14 @@ def _settled(task: Task, method: Method) -> Callable[[], Outcome]:
     for _ in range(SETTLING):
         state = call(state).state
     note = f"in its call number {SETTLING + 1}"
-    return lambda: replace(_outcome(call(state)), note=note)
+    return lambda: replace(_outcome(call(state)), carried=True, note=note)
 
 
 def _outcome(h: Hypergradient) -> Outcome:
     products = h.stats.get("num_products")
     code = hypergrad.Result(int(cast(Tensor, h.result)))
     note = code.message if code.is_breakdown else ""
-    return Outcome(h.grad, None if products is None else int(products), note)
+    return Outcome(h.grad, None if products is None else int(products), note=note)
 
 
 def _over_tasks(task: Task, method: Method, *, together: bool) -> Outcome:

@@ -34,6 +34,7 @@ SIZES = (10_000, 100_000, 1_000_000, 10_000_000)
 STEPS = (10, 20, 40, 80)
 BOUND = 1.15
 BATCH = 64
+REPEATS = 3
 EXAMPLES = "a perceptron with two hidden layers on batches of 64"
 
 
@@ -82,7 +83,7 @@ def _line(name: str, axis: str, sizes: tuple[int, ...], case: Callable[[int], Ca
         run()
         peaks.append(peak_bytes(run))
     seconds: list[list[float]] = [[] for _ in sizes]
-    for _ in range(5):
+    for _ in range(REPEATS):
         for run, times in zip(runs, seconds, strict=True):
             began = time.perf_counter()
             run()
@@ -150,7 +151,7 @@ def _claims(line: Line) -> list[Claim]:
         spread,
         f"<= {BOUND}",
         slope <= BOUND,
-        f"{times}; slope over all {overall:.2f}; {EXAMPLES}, medians of 5",
+        f"{times}; slope over all {overall:.2f}; {EXAMPLES}, medians of {REPEATS}",
     )
     peaks = np.log(np.maximum(line.peaks, 1))
     memory = float(np.polyfit(sizes[-2:], peaks[-2:], 1)[0])
@@ -180,6 +181,8 @@ def draw(measured: list[Line], path: str) -> None:
             (drawn,) = axis.loglog(line.sizes, values, marker="o", label=line.name)
             linear = [values[-1] * n / line.sizes[-1] for n in line.sizes]
             axis.loglog(line.sizes, linear, color=drawn.get_color(), linestyle=":", linewidth=1)
+            axis.set_xticks(line.sizes, [f"{n:,}" for n in line.sizes])
+            axis.minorticks_off()
             axis.set_xlabel("lower parameters" if column == 0 else "lower steps K")
             axis.set_ylabel(unit if row == 0 else f"{unit} above the start")
             axis.grid(True, color="#eeeeee")
