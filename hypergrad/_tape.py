@@ -25,6 +25,8 @@ from hypergrad._flat import Params
 from hypergrad._functional import Residual, in_transform
 
 TapeKind = Literal["auto", "autograd", "transform"]
+_CHUNK = 64
+"""The most cotangents that are pulled back at once."""
 
 
 def second_order() -> contextlib.AbstractContextManager[Any]:
@@ -75,6 +77,10 @@ class Tape(ABC):
     def pull_lower(self, cotangent: Tensor) -> Tensor:
         """Return (dF/d lower)^T cotangent, a flat vector."""
 
+    def pull_lower_each(self, cotangents: Tensor) -> Tensor:
+        """Return (dF/d lower)^T c for each row c of `cotangents`, as rows."""
+        return torch.stack([self.pull_lower(cotangent) for cotangent in cotangents.unbind(0)])
+
     @abstractmethod
     def push_lower(self, tangent: Tensor) -> Tensor:
         """Return (dF/d lower) tangent, by differentiating `pull_lower`, which is linear, in its cotangent."""
@@ -107,6 +113,16 @@ class AutogradTape(Tape):
         """Return (dF/d lower)^T cotangent."""
         (pulled,) = self._pull([self._lower], cotangent)
         return torch.zeros_like(self._lower) if pulled is None else pulled
+
+    def pull_lower_each(self, cotangents: Tensor) -> Tensor:
+        """Return (dF/d lower)^T c for each row c, in batched passes where the operations can be batched."""
+        if self._create_graph or _convolves(self._residual):
+            return super().pull_lower_each(cotangents)
+        try:
+            pulled: Tensor = torch.vmap(self.pull_lower, chunk_size=_CHUNK)(cotangents)
+        except Exception:  # code that cannot be batched; what is wrong otherwise is raised again below
+            return super().pull_lower_each(cotangents)
+        return pulled
 
     def push_lower(self, tangent: Tensor) -> Tensor:
         """Return (dF/d lower) tangent."""
@@ -209,24 +225,35 @@ def explained_grad(
         raise
 
 
-def refuse_once_differentiable(output: Tensor) -> None:
-    """Raise a ValueError if the graph of `output` passes a function that can be differentiated once only.
-
-    Autograd prunes the node that would complain wherever no leaf lies behind it, and returns what is left of the sum.
-    """
+def _node_names(output: Tensor) -> Iterator[str]:
+    """Yield the names of the functions in the graph of `output`."""
     pending, seen = [underlying(output).grad_fn], set()
     while pending:
         node = pending.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        if node.name() == "torch::autograd::Error":
+        yield node.name()
+        pending.extend(next_node for next_node, _ in node.next_functions)
+
+
+def _convolves(output: Tensor) -> bool:
+    """Return whether the graph holds a convolution, which is slower in a batch of weights than one by one."""
+    return any("Convolution" in name for name in _node_names(output))
+
+
+def refuse_once_differentiable(output: Tensor) -> None:
+    """Raise a ValueError if the graph of `output` passes a function that can be differentiated once only.
+
+    Autograd prunes the node that would complain wherever no leaf lies behind it, and returns what is left of the sum.
+    """
+    for name in _node_names(output):
+        if name == "torch::autograd::Error":
             raise ValueError(
                 "an operation of the lower loss has no second derivative: an autograd.Function marked "
                 "@once_differentiable. Write its backward with differentiable operations, or use a method without a "
                 "second derivative: hg.FiniteDifference, hg.SAMA or hg.Penalty."
             )
-        pending.extend(next_node for next_node, _ in node.next_functions)
 
 
 @contextlib.contextmanager

@@ -42,6 +42,17 @@ class Operator(ABC):
     def rmv(self, v: Tensor) -> Tensor:
         """Return A^T v."""
 
+    def mm(self, vectors: Tensor) -> Tensor:
+        """Return A v for each row v of `vectors`, as rows; shapes (k, size). k products, at once where that helps."""
+        return torch.stack([self.mv(v) for v in vectors.unbind(0)]) if len(vectors) else torch.zeros_like(vectors)
+
+    def known_diagonal(self) -> Tensor | None:
+        """Return the diagonal of a positive definite diagonal part of A that is known as such, or None.
+
+        Weight decay, damping and the penalty of a `Composite` are such parts; preconditioners use it.
+        """
+        return None
+
 
 @final
 class Matrix(Operator):
@@ -84,6 +95,10 @@ class Matrix(Operator):
         """Return A^T v."""
         return v @ self.dense
 
+    def mm(self, vectors: Tensor) -> Tensor:
+        """Return A v for each row v."""
+        return vectors @ self.dense.mT
+
 
 @final
 class Function(Operator):
@@ -98,6 +113,8 @@ class Function(Operator):
         device: their device.
         symmetric: promise that A = A^T.
         second_moment: the optimizer's second-moment estimate as a flat vector, if there is one.
+        mm: (k, size) -> (k, size), A applied to each row; left out, one product after the other.
+        known_diagonal: what `Operator.known_diagonal` returns, called when that is asked for.
 
     Raises:
         ValueError: if `size` is negative or `second_moment` does not have shape (size,).
@@ -119,6 +136,8 @@ class Function(Operator):
         device: torch.device | str,
         symmetric: bool = False,
         second_moment: Tensor | None = None,
+        mm: Callable[[Tensor], Tensor] | None = None,
+        known_diagonal: Callable[[], Tensor | None] | None = None,
     ) -> None:
         """Wrap `mv` and `rmv`."""
         if size < 0:
@@ -130,6 +149,8 @@ class Function(Operator):
             )
         self._mv = mv
         self._rmv = rmv
+        self._mm = mm
+        self._known_diagonal = known_diagonal
         self.size = size
         self.dtype = dtype
         self.device = torch.device(device)
@@ -154,6 +175,14 @@ class Function(Operator):
             "This Function has no transposed product: it was built without rmv and is not symmetric. "
             "Pass rmv=, or symmetric=True if A equals its transpose."
         )
+
+    def mm(self, vectors: Tensor) -> Tensor:
+        """Return A v for each row v."""
+        return super().mm(vectors) if self._mm is None else self._mm(vectors)
+
+    def known_diagonal(self) -> Tensor | None:
+        """Return what the caller gave."""
+        return None if self._known_diagonal is None else self._known_diagonal()
 
 
 @final
@@ -197,6 +226,22 @@ class Damped(Operator):
         """Return A^T v + damping * v."""
         return self._add(self.op.rmv(v), v)
 
+    def mm(self, vectors: Tensor) -> Tensor:
+        """Return A v + damping * v for each row v."""
+        return self._add(self.op.mm(vectors), vectors)
+
+    def known_diagonal(self) -> Tensor | None:
+        """Return that of A, plus the damping."""
+        known = self.op.known_diagonal()
+        if known is None and not isinstance(self.damping, Tensor) and self.damping == 0:
+            return None
+        return self._add(
+            torch.zeros((), dtype=self.dtype, device=self.device) if known is None else known, self._ones()
+        )
+
+    def _ones(self) -> Tensor:
+        return torch.ones(self.size, dtype=self.dtype, device=self.device)
+
     def _add(self, product: Tensor, v: Tensor) -> Tensor:
         if isinstance(self.damping, Tensor):
             return torch.addcmul(product, v, self.damping.to(v.dtype))
@@ -234,6 +279,10 @@ class Scaled(Operator):
     def rmv(self, v: Tensor) -> Tensor:
         """Return factor * A^T v."""
         return self.op.rmv(v) * self.factor
+
+    def mm(self, vectors: Tensor) -> Tensor:
+        """Return factor * A v for each row v."""
+        return self.op.mm(vectors) * self.factor
 
 
 @final
@@ -333,7 +382,4 @@ def dense(op: Operator) -> Tensor:
         tensor([[2., 0.],
                 [0., 2.]])
     """
-    columns = torch.eye(op.size, dtype=op.dtype, device=op.device).unbind(0)
-    if not columns:
-        return torch.zeros(0, 0, dtype=op.dtype, device=op.device)
-    return torch.stack([op.mv(column) for column in columns], dim=1)
+    return op.mm(torch.eye(op.size, dtype=op.dtype, device=op.device)).mT

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -129,7 +130,8 @@ def linearize(
     if curvature == "gauss_newton":
         operator = _gauss_newton(trajectory, responding, samples, point, upper, kind)
     else:
-        operator = _jacobian(condition_tape, trajectory, responding)
+        known = partial(_known_diagonal, trajectory, responding, samples, point, upper, kind)
+        operator = _jacobian(condition_tape, trajectory, responding, known)
     return Linearization(condition_tape, operator, responding)
 
 
@@ -246,7 +248,9 @@ def samples_of(trajectory: Trajectory, batches: int) -> list[Sample]:
     return samples
 
 
-def _jacobian(condition: Tape, trajectory: Trajectory, responding: Responding) -> Operator:
+def _jacobian(
+    condition: Tape, trajectory: Trajectory, responding: Responding, known: Callable[[], Tensor | None]
+) -> Operator:
     symmetric = trajectory.root is None
     return Function(
         condition.pull_lower,
@@ -256,7 +260,28 @@ def _jacobian(condition: Tape, trajectory: Trajectory, responding: Responding) -
         device=responding.layout.device,
         symmetric=symmetric,
         second_moment=_second_moment(trajectory, responding),
+        mm=condition.pull_lower_each,
+        known_diagonal=known,
     )
+
+
+def _known_diagonal(
+    trajectory: Trajectory,
+    responding: Responding,
+    samples: Sequence[Sample],
+    point: Tensor,
+    upper: Params,
+    kind: TapeKind,
+) -> Tensor | None:
+    """Return the diagonal that weight decay and the penalty of a Composite put into dF/dw; None without either."""
+    loss = trajectory.response or trajectory.loss
+    ones = torch.ones_like(point)
+    if isinstance(loss, Composite) and loss.penalty is not None:
+        pulled = [_penalty_tape(loss, responding, sample, point, upper, kind).pull_lower(ones) for sample in samples]
+        return _with_decay(trajectory, responding, torch.stack(pulled).mean(0), ones, upper)
+    nothing = torch.zeros_like(point)
+    decay = _with_decay(trajectory, responding, nothing, ones, upper)
+    return None if decay is nothing else decay
 
 
 def _second_moment(trajectory: Trajectory, responding: Responding) -> Tensor | None:
@@ -334,14 +359,22 @@ def _gauss_newton_product(
     def criterion_gradient(z: Tensor, u: Params) -> Tensor:
         return gradient(lambda flat: loss.criterion_at(flat.view(shape), u, batch), z, create_graph=True)
 
-    def penalty(part: Tensor, u: Params) -> Tensor:
-        value = loss.penalty_at(responding.complete(part), u, batch)
-        assert value is not None
-        return scalar(value, "the penalty of the Composite")
-
     model = tape(outputs, point, upper, kind=kind)
     criterion = tape(criterion_gradient, model.value, upper, kind=kind)
     if loss.penalty is None:
         return lambda v: model.pull_lower(criterion.pull_lower(model.push_lower(v)))
-    curved = tape(lambda w, u: gradient(lambda x: penalty(x, u), w, create_graph=True), point, upper, kind=kind)
+    curved = _penalty_tape(loss, responding, sample, point, upper, kind)
     return lambda v: model.pull_lower(criterion.pull_lower(model.push_lower(v))) + curved.pull_lower(v)
+
+
+def _penalty_tape(
+    loss: Composite, responding: Responding, sample: Sample, point: Tensor, upper: Params, kind: TapeKind
+) -> Tape:
+    """Return the tape of the gradient of the penalty."""
+
+    def penalty(part: Tensor, u: Params) -> Tensor:
+        value = loss.penalty_at(responding.complete(part), u, sample[0])
+        assert value is not None
+        return scalar(value, "the penalty of the Composite")
+
+    return tape(lambda w, u: gradient(lambda x: penalty(x, u), w, create_graph=True), point, upper, kind=kind)

@@ -10,6 +10,7 @@ from hypergrad.solvers.nystrom import Nystrom
 from hypergrad.solvers.preconditioners import (
     HutchinsonDiagonal,
     NystromPreconditioner,
+    PenaltyPreconditioner,
     SecondMoment,
 )
 from hypergrad.solvers.scipy import SciPy
@@ -23,6 +24,7 @@ __all__ = [
     "Neumann",
     "Nystrom",
     "NystromPreconditioner",
+    "PenaltyPreconditioner",
     "Preconditioner",
     "SciPy",
     "SecondMoment",

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 _MASK = 0xFFFFFFFF
+_AT_ONCE = 1 << 20
+"""How many entries are drawn at once, which bounds the memory for integers."""
 
 
 def rademacher(size: int, *, seed: int, stream: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return a vector of independent +1 and -1, shape (size,); `stream` numbers the vectors of one seed."""
-    sign = _hash(size, seed, stream, 0, device) >> 31
+    sign = _hash(size, [_key(seed, stream, 0)], device).squeeze(0) >> 31
     return (1 - 2 * sign).to(dtype)
 
 
@@ -26,19 +28,34 @@ def gaussian(size: int, *, seed: int, stream: int, dtype: torch.dtype, device: t
 
     Mean 0, variance 1, excess kurtosis -0.3, largest value 3.5.
     """
-    total = torch.zeros(size, dtype=torch.int64, device=device)
+    return _gaussian_rows(size, seed, range(stream, stream + 1), dtype, device).squeeze(0)
+
+
+def gaussian_rows(size: int, *, seed: int, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the vectors of the first `count` streams of one seed as rows, shape (count, size)."""
+    together = max(1, _AT_ONCE // max(size, 1))
+    starts = range(0, count, together)
+    return torch.cat([_gaussian_rows(size, seed, range(i, min(i + together, count)), dtype, device) for i in starts])
+
+
+def _gaussian_rows(size: int, seed: int, streams: range, dtype: torch.dtype, device: torch.device) -> Tensor:
+    total = torch.zeros(len(streams), size, dtype=torch.int64, device=device)
     for word in range(2):
-        bits = _hash(size, seed, stream, word, device)
+        bits = _hash(size, [_key(seed, stream, word) for stream in streams], device)
         total = total + (bits >> 16) + (bits & 0xFFFF)
     deviation = math.sqrt(4 * (2.0**32 - 1) / 12)
     return (2 * total - 4 * 0xFFFF).to(dtype) / (2 * deviation)
 
 
-def _hash(size: int, seed: int, stream: int, word: int, device: torch.device) -> Tensor:
-    """Return 32 well-mixed bits for each index, as int64."""
-    key = _key(seed, stream, word)
-    bits = (torch.arange(size, dtype=torch.int64, device=device) + (key & _MASK)) & _MASK
-    return _mix(_mix(bits) ^ (key >> 32))
+def _hash(size: int, keys: list[int], device: torch.device) -> Tensor:
+    """Return 32 well-mixed bits for each key and index, as int64, shape (len(keys), size)."""
+    low, high = (torch.tensor(part, device=device).unsqueeze(1) for part in zip(*map(_halves, keys), strict=True))
+    bits = (torch.arange(size, dtype=torch.int64, device=device) + low) & _MASK
+    return _mix(_mix(bits) ^ high)
+
+
+def _halves(key: int) -> tuple[int, int]:
+    return key & _MASK, key >> 32
 
 
 def _mix(bits: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hypergrad.operators import Operator
-from hypergrad.solvers._probes import gaussian
+from hypergrad.solvers._probes import gaussian_rows
 
 
 class LowRank(NamedTuple):
@@ -41,9 +41,9 @@ def approximate(op: Operator, rank: int, seed: int) -> LowRank:
     device. Costs min(rank, n) products.
     """
     rank = min(rank, op.size)
-    probes = [gaussian(op.size, seed=seed, stream=i, dtype=op.dtype, device=op.device) for i in range(rank)]
-    w = torch.linalg.qr(torch.stack(probes, dim=1))[0]
-    y = torch.stack([op.mv(column) for column in w.unbind(1)], dim=1)
+    probes = gaussian_rows(op.size, seed=seed, count=rank, dtype=op.dtype, device=op.device)
+    w = torch.linalg.qr(probes.mT)[0]
+    y = op.mm(w.mT).mT
     finite = torch.linalg.vector_norm(y) < float("inf")
     y = torch.where(finite, y, w)
     size = torch.linalg.vector_norm(y)

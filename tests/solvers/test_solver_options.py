@@ -19,6 +19,7 @@ from hypergrad.solvers import (
     Neumann,
     Nystrom,
     NystromPreconditioner,
+    PenaltyPreconditioner,
     SciPy,
     SecondMoment,
 )
@@ -76,6 +77,8 @@ BAD = [
     (HutchinsonDiagonal, {"floor": 0.0}, r"HutchinsonDiagonal expects floor .* > 0, got floor=0.0"),
     (SecondMoment, {"power": 0.0}, r"SecondMoment expects power .* > 0, got power=0.0"),
     (SecondMoment, {"eps": -1.0}, r"SecondMoment expects eps .* > 0, got eps=-1.0"),
+    (PenaltyPreconditioner, {"rank": -1}, r"PenaltyPreconditioner expects rank .* got rank=-1"),
+    (PenaltyPreconditioner, {"seed": -1}, r"PenaltyPreconditioner expects seed .* got seed=-1"),
     (NystromPreconditioner, {"rank": 0}, r"NystromPreconditioner expects rank .* got rank=0"),
     (NystromPreconditioner, {"seed": -1}, r"NystromPreconditioner expects seed .* got seed=-1"),
     (

@@ -24,7 +24,7 @@ def outputs(lower: Params, _upper: Params, batch: Batch) -> Tensor:
     """Return the logits of a multilayer perceptron."""
     hidden, last = batch[1], len(lower) // 2 - 1
     for layer in range(last):
-        hidden = torch.relu(F.linear(hidden, lower[f"{layer}.weight"], lower[f"{layer}.bias"]))
+        hidden = F.silu(F.linear(hidden, lower[f"{layer}.weight"], lower[f"{layer}.bias"]))
     return F.linear(hidden, lower[f"{last}.weight"], lower[f"{last}.bias"])
 
 

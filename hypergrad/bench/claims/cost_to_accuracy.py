@@ -1,0 +1,152 @@
+"""Time to a given error, against hand-written autograd with cold, unpreconditioned CG in eager mode."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+
+from hypergrad.bench.claims._walks import bissl_steps, error, exact, flat
+from hypergrad.bench.claims.base import Claim
+from hypergrad.bench.problems import hypercleaning, logistic
+from hypergrad.bench.problems.base import Params, Task
+from hypergrad.composite import Composite
+from hypergrad.methods import Implicit, hypergradient
+from hypergrad.solvers import CG, Exact, PenaltyPreconditioner
+from hypergrad.trajectory import Trajectory, solved
+
+Run = Callable[[Task], Params]
+TOLERANCES = (0.3, 0.2, 0.1, 0.05, 0.03, 0.02, 0.01, 5e-3, 2e-3, 1e-3, 5e-4, 1e-4, 1e-5, 3e-6, 1e-6, 3e-7, 1e-7)
+
+
+def measure() -> list[Claim]:
+    """Return the three claims."""
+    regression = logistic.build()
+    truth = hypergradient(
+        regression.upper_loss,
+        _record(regression),
+        regression.upper,
+        method=Implicit(Exact()),
+        batch=regression.upper_batch,
+    ).grad
+    points = list(bissl_steps(20))
+    cleaning = hypercleaning.build()
+    return [
+        _claim("logistic regression", [(regression, flat(truth))], _sketched, 1e-6, bound=3.0, repeats=15),
+        _claim("hyper-cleaning", [(cleaning, flat(exact(cleaning)))], _compiled, 1e-3, bound=2.0, repeats=10),
+        _claim("BiSSL, 20 upper steps in all", points, _plain, 1e-2, bound=1.5, repeats=3),
+    ]
+
+
+def _claim(
+    name: str,
+    points: Sequence[tuple[Task, torch.Tensor]],
+    ours_at: Callable[[float], Run],
+    target: float,
+    *,
+    bound: float,
+    repeats: int,
+) -> Claim:
+    """Return the ratio of the times, each side at the loosest tolerance that keeps every point's error."""
+    ours, ours_worst, ours_rtol = _loosest(points, ours_at, target)
+    theirs, theirs_worst, theirs_rtol = _loosest(points, by_hand, target)
+    times: dict[str, list[float]] = {"ours": [], "theirs": []}
+    for _ in range(repeats):
+        for side, run in (("ours", ours), ("theirs", theirs)):
+            began = time.perf_counter()
+            for task, _truth in points:
+                run(task)
+            times[side].append(time.perf_counter() - began)
+    ratios = [b / a for a, b in zip(times["ours"], times["theirs"], strict=True)]
+    lower, _, upper = quantiles(ratios, n=4)
+    measured = median(times["theirs"]) / median(times["ours"])
+    return Claim(
+        name=f"{name}: how many times shorter than by hand to an error of {target:g}",
+        measured=measured,
+        spread=(lower, upper),
+        bound=f">= {bound:g}",
+        holds=measured >= bound,
+        detail=f"{1e3 * median(times['ours']):.4g} ms at rtol {ours_rtol:g} (largest error {ours_worst:.2g}) against "
+        f"{1e3 * median(times['theirs']):.4g} ms at rtol {theirs_rtol:g} ({theirs_worst:.2g}), medians of {repeats} "
+        f"in turns, {torch.get_num_threads()} threads",
+    )
+
+
+def _loosest(
+    points: Sequence[tuple[Task, torch.Tensor]], at: Callable[[float], Run], target: float
+) -> tuple[Run, float, float]:
+    for rtol in TOLERANCES:
+        run = at(rtol)
+        worst = 0.0
+        for task, truth in points:
+            worst = max(worst, error(run(task), truth))
+            if worst > target:
+                break
+        if worst <= target:
+            return run, worst, rtol
+    raise RuntimeError(f"no tolerance of {TOLERANCES} reaches an error of {target:g}")
+
+
+def _record(task: Task, loss: Any = None) -> Trajectory:
+    return solved(task.lower_loss if loss is None else loss, task.lower, task.lower_batches[0])
+
+
+def _run(method: Implicit, loss: Any = None) -> Run:
+    return lambda task: (
+        hypergradient(task.upper_loss, _record(task, loss), task.upper, method=method, batch=task.upper_batch).grad
+    )
+
+
+def _sketched(rtol: float) -> Run:
+    """Return CG preconditioned by the penalties and a sketch of rank 64."""
+    loss = Composite(logistic.outputs, logistic.criterion, logistic.penalty)
+    return _run(Implicit(CG(max_steps=500, rtol=rtol, preconditioner=PenaltyPreconditioner(rank=64))), loss)
+
+
+def _compiled(rtol: float) -> Run:
+    """Return CG on compiled products; the first call, which compiles, is not timed."""
+    return _run(Implicit(CG(max_steps=200, rtol=rtol), compile=True))
+
+
+def _plain(rtol: float) -> Run:
+    return _run(Implicit(CG(max_steps=200, rtol=rtol)))
+
+
+def by_hand(rtol: float) -> Run:
+    """Return the hypergradient as one writes it: taped double backward, conjugate gradients from zero, eager."""
+
+    def run(task: Task) -> Params:
+        task = replace(task, lower=_leaves(task.lower), upper=_leaves(task.upper))
+        w, u = list(task.lower.values()), list(task.upper.values())
+        value = task.upper_loss(task.lower, task.upper, task.upper_batch)
+        outer = torch.autograd.grad(value, w + u, materialize_grads=True)
+        loss = task.lower_loss(task.lower, task.upper, task.lower_batches[0])
+        slope = torch.autograd.grad(loss, w, create_graph=True)
+        sizes = [x.numel() for x in w]
+
+        def split(v: torch.Tensor) -> list[torch.Tensor]:
+            return [piece.view_as(x) for piece, x in zip(torch.split(v, sizes), w, strict=True)]
+
+        b = torch.cat([g.reshape(-1) for g in outer[: len(w)]])
+        x, r, p = torch.zeros_like(b), b.clone(), b.clone()
+        rr = r.dot(r)
+        enough = rtol**2 * rr
+        while rr > enough:
+            q = torch.cat([g.reshape(-1) for g in torch.autograd.grad(slope, w, split(p), retain_graph=True)])
+            alpha = float(rr / p.dot(q))
+            x.add_(p, alpha=alpha)
+            r.sub_(q, alpha=alpha)
+            rr, before = r.dot(r), rr
+            p = torch.add(r, p, alpha=float(rr / before))
+        mixed = torch.autograd.grad(slope, u, split(x), materialize_grads=True)
+        return {n: d - m for n, d, m in zip(task.upper, outer[len(w) :], mixed, strict=True)}
+
+    return run
+
+
+def _leaves(params: Params) -> Params:
+    return {name: x.detach().clone().requires_grad_() for name, x in params.items()}
