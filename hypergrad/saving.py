@@ -20,7 +20,7 @@ from hypergrad.trajectory import Trajectory
 def save_all(runners: Mapping[str, Runner]) -> dict[str, Any]:
     """Return what these problems, all of an engine's, need to go on: views of what is in use, not copies."""
     return {
-        "random": save_random(random_state(_device(runners))),
+        "random": save_random(random_state(_device(runners), anew=True)),
         "problems": {name: save(runner) for name, runner in runners.items()},
     }
 

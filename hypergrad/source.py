@@ -26,7 +26,7 @@ class _Draws:
 
     @staticmethod
     def now(data: Any) -> _Draws:
-        return _Draws(random_state(_HOST), place(data))
+        return _Draws(random_state(_HOST, anew=True), place(data))
 
     def restore(self, data: Any) -> None:
         restore_random_state(self.random)
