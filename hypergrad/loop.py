@@ -7,9 +7,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
-from hypergrad.callbacks.base import Callback, Runnable
+from hypergrad.callbacks.base import Callback, Runnable, logs
 from hypergrad.callbacks.checkpoint import Checkpoint
 from hypergrad.distributed import Ranks, Signals
+from hypergrad.distributed.launch import gather_objects
 from hypergrad.history import History, Record
 from hypergrad.store import newest
 
@@ -37,9 +38,10 @@ def run(engine: Steppable, num_steps: int, callbacks: Iterable[Callback], resume
         raise ValueError(f"Engine.run: num_steps must be an int >= 1, got {num_steps!r}.")
     listeners = sorted(callbacks, key=lambda listener: listener.order)
     if resume is not None:
-        path = newest(resume, set_aside=True)
+        path = _agreed(engine, Path(resume))
         if path is not None:
-            engine.load_state_dict(Checkpoint.read(path))
+            rank, size = (0, 1) if engine.ranks is None else (engine.ranks.rank, engine.ranks.size)
+            engine.load_state_dict(Checkpoint.read(path, rank=rank, size=size))
         num_steps -= engine.num_steps
     history = History()
     engine.listeners, states = listeners, engine.listening
@@ -66,6 +68,12 @@ def run(engine: Steppable, num_steps: int, callbacks: Iterable[Callback], resume
     finally:
         engine.listeners, engine.listening = (), {}
     return history
+
+
+def _agreed(engine: Steppable, folder: Path) -> Path | None:
+    """Return the checkpoint to go on from: where there are ranks, the one that the first of them finds."""
+    path = newest(folder, set_aside=True) if logs(engine) else None
+    return path if engine.ranks is None else gather_objects(engine.ranks, path)[0]
 
 
 def named(listeners: Sequence[Callback]) -> dict[str, Callback]:

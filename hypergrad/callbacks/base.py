@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
+from hypergrad.distributed import Ranks
 from hypergrad.history import History, Record
 
 
@@ -12,6 +13,8 @@ class Runnable(Protocol):
     """What a callback may read of an engine."""
 
     num_steps: int
+    ranks: Ranks | None
+    """The processes that train together; None for this one alone."""
 
     @property
     def names(self) -> Sequence[Sequence[str]]:
@@ -35,6 +38,11 @@ class Runnable(Protocol):
     def check_savable(self) -> None:
         """Raise a ValueError for data that cannot be resumed."""
         ...
+
+
+def logs(engine: Runnable) -> bool:
+    """Return whether this process is the one of its engine's that logs: the first."""
+    return engine.ranks is None or engine.ranks.rank == 0
 
 
 class Callback:

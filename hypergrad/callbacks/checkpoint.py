@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from hypergrad import store
-from hypergrad.callbacks.base import Callback, Runnable
+from hypergrad.callbacks.base import Callback, Runnable, logs
+from hypergrad.distributed.launch import gather_objects
 from hypergrad.history import History, Record
-
-STATE = "state.pt"
 
 
 class Checkpoint(Callback):
@@ -19,7 +18,8 @@ class Checkpoint(Callback):
     `engine.run(num_steps, callbacks=[Checkpoint(folder)], resume=folder)` goes on from the newest intact checkpoint, to
     the same numbers, bit for bit, as without the interruption. Each checkpoint is a folder of its own with checksums,
     written under another name and renamed when it is complete: a process killed at any moment leaves the ones before.
-    Where one cannot be written (a full disk) the run goes on with a warning.
+    Where one cannot be written (a full disk) the run goes on with a warning. Processes that train together write one
+    checkpoint, each a file with its own state whole, so all must see the folder.
 
     Cost: one copy of all parameters, buffers and optimizer states to the disk; on an accelerator, one wait for it.
 
@@ -58,20 +58,29 @@ class Checkpoint(Callback):
         return store.newest(folder)
 
     @staticmethod
-    def read(path: str | Path) -> dict[str, Any]:
+    def read(path: str | Path, *, rank: int = 0, size: int = 1) -> dict[str, Any]:
         """Return the state in one checkpoint, for `engine.load_state_dict`.
 
+        Args:
+            path: of the checkpoint.
+            rank: which process this one is, of those that train together.
+            size: how many these are.
+
         Raises:
+            ValueError: if it was saved by another number of processes.
             DamagedCheckpoint: if a file of it is missing, cut short or altered; the message names it.
         """
-        store.check(path)
-        state: dict[str, Any] = store.read(path, STATE)
+        found = store.check(path)["ranks"]
+        if found != size:
+            raise ValueError(f"{path} was saved by {found} processes, these are {size}. Start as many as then.")
+        state: dict[str, Any] = store.read(path, _part(rank))
         return state
 
     def on_start(self, engine: Runnable, num_steps: int) -> None:  # noqa: ARG002
         """Refuse now what could not be saved, or would be taken for another run's, later."""
         engine.check_savable()
-        store.remove_leftovers(self.folder)
+        if logs(engine):
+            store.remove_leftovers(self.folder)
         found = store.saved(self.folder)
         later = [path.name for path in found if store.step_of(path) > engine.num_steps]
         if later:
@@ -94,20 +103,35 @@ class Checkpoint(Callback):
 
     def save(self, engine: Runnable) -> None:
         """Save now; where the disk refuses, warn and leave the older ones."""
-        writing = None
+        writing, entry, trouble = None, None, None
+        ranks = engine.ranks
+        name = _part(0 if ranks is None else ranks.rank)
         try:
             writing = store.Writing(self.folder, engine.num_steps)
-            files = {STATE: writing.put(STATE, engine.state_dict(copied=False))}
-            writing.commit(files, {})
+            entry = writing.put(name, engine.state_dict(copied=False))
         except OSError as error:
+            trouble = str(error)
+        told = [(name, entry, trouble)] if ranks is None else gather_objects(ranks, (name, entry, trouble))
+        trouble = next((t for _, _, t in told if t is not None), None)
+        try:
+            if writing is not None and trouble is None and logs(engine):
+                writing.commit({part: known for part, known, _ in told if known is not None}, {"ranks": len(told)})
+        except OSError as error:
+            trouble = str(error)
+        if trouble is not None:
             if writing is not None:
                 writing.abandon()
             warnings.warn(
-                f"checkpoint of step {engine.num_steps} could not be written to {self.folder}: {error}. The run goes "
+                f"checkpoint of step {engine.num_steps} could not be written to {self.folder}: {trouble}. The run goes "
                 "on, with the checkpoints before.",
                 RuntimeWarning,
                 stacklevel=2,
             )
             return
         self._saved_at = engine.num_steps
-        store.prune(self.folder, self.keep)
+        if logs(engine):
+            store.prune(self.folder, self.keep)
+
+
+def _part(rank: int) -> str:
+    return f"rank-{rank}.pt"

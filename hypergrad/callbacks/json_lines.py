@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
-from hypergrad.callbacks.base import Callback, Runnable
+from hypergrad.callbacks.base import Callback, Runnable, logs
 from hypergrad.history import History, Record
 
 
@@ -40,6 +40,8 @@ class JSONLines(Callback):
 
     def on_start(self, engine: Runnable, num_steps: int) -> None:  # noqa: ARG002
         """Keep the lines of the steps before this run's, and open the file to append."""
+        if not logs(engine):
+            return
         kept = [line for line in _lines(self.path) if line["step"] < engine.num_steps]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         beside = self.path.with_name(f".{self.path.name}.writing")

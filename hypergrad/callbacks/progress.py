@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TextIO
 
-from hypergrad.callbacks.base import Callback, Runnable
+from hypergrad.callbacks.base import Callback, Runnable, logs
 from hypergrad.history import History, Record
 
 _COLUMNS = (("loss", "loss"), ("grad_norm", "hypergradient"), ("residual_norm", "residual"))
@@ -47,6 +47,8 @@ class Progress(Callback):
     def on_step(self, engine: Runnable, record: Record) -> None:
         """Draw if it is time."""
         self._done += 1
+        if not logs(engine):
+            return
         now = time.monotonic()
         if now - self._drawn >= self.interval:
             self._drawn = now
@@ -54,7 +56,7 @@ class Progress(Callback):
 
     def on_end(self, engine: Runnable, history: History) -> None:
         """Draw the last step, and leave it on the screen."""
-        if history:
+        if history and logs(engine):
             self._draw(engine, history[-1])
         self._height = 0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hypergrad.callbacks.base import Callback, Runnable
+from hypergrad.callbacks.base import Callback, Runnable, logs
 from hypergrad.history import History, Record
 
 
@@ -31,10 +31,10 @@ class TensorBoard(Callback):
         create: Any = SummaryWriter
         self._writer: Any = create(str(log_dir))
 
-    def on_step(self, engine: Runnable, record: Record) -> None:  # noqa: ARG002
+    def on_step(self, engine: Runnable, record: Record) -> None:
         """Write the record if it is due."""
         step = int(record["step"])
-        if step % self.every:
+        if step % self.every or not logs(engine):
             return
         for key, value in record.numbers().items():
             if key != "step":

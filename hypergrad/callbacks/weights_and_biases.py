@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
-from hypergrad.callbacks.base import Callback, Runnable
+from hypergrad.callbacks.base import Callback, Runnable, logs
 from hypergrad.history import History, Record
 
 
@@ -33,10 +33,10 @@ class WandB(Callback):
         self._options = options
         self._run: Any = None
 
-    def on_step(self, engine: Runnable, record: Record) -> None:  # noqa: ARG002
+    def on_step(self, engine: Runnable, record: Record) -> None:
         """Log the record if it is due; the first one begins the run."""
         step = int(record["step"])
-        if step % self.every:
+        if step % self.every or not logs(engine):
             return
         if self._run is None:
             self._run = self._init(**self._options)

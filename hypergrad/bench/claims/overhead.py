@@ -108,7 +108,7 @@ def _live() -> int:
     return sum(issubclass(type(o), Tensor) for o in gc.get_objects())
 
 
-def _parts(width: int, rows: int) -> tuple[nn.Module, nn.Module, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def _parts(width: int, rows: int) -> tuple[nn.Sequential, nn.Linear, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(20, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 5))
     penalty = nn.Linear(1, 1)
@@ -117,8 +117,9 @@ def _parts(width: int, rows: int) -> tuple[nn.Module, nn.Module, tuple[Tensor, T
 
 
 def _lower_loss(net: Any, penalty: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
-    decay = sum((p**2).sum() for p in net.parameters())
-    return F.cross_entropy(net(batch[0]), batch[1]) + penalty.weight.exp().sum() * 0.05 * decay
+    decay: Tensor = sum((p**2).sum() for p in net.parameters())
+    strength: Tensor = penalty.weight.exp().sum() * 0.05
+    return F.cross_entropy(net(batch[0]), batch[1]) + strength * decay
 
 
 def _engine(width: int, rows: int) -> tuple[Callable[[], object], Callable[[], list[Tensor]]]:
@@ -158,10 +159,12 @@ def _by_hand(width: int, rows: int) -> tuple[Callable[[], object], Callable[[], 
         grads = torch.autograd.grad(_lower_loss(net, penalty, train), params, create_graph=True)
         b = torch.cat([c.reshape(-1) for c in cotangent])
 
+        def split(v: Tensor) -> list[Tensor]:
+            pieces = torch.split(v, [p.numel() for p in params])
+            return [piece.view_as(p) for piece, p in zip(pieces, params, strict=True)]
+
         def product(v: Tensor) -> Tensor:
-            pieces = [piece.view_as(p) for piece, p in zip(v.split([p.numel() for p in params]), params, strict=True)]
-            out = torch.autograd.grad(grads, params, pieces, retain_graph=True)
-            return torch.cat([o.reshape(-1) for o in out])
+            return torch.cat([o.reshape(-1) for o in torch.autograd.grad(grads, params, split(v), retain_graph=True)])
 
         x, r, p = torch.zeros_like(b), b.clone(), b.clone()
         rr = r.dot(r)
@@ -171,8 +174,7 @@ def _by_hand(width: int, rows: int) -> tuple[Callable[[], object], Callable[[], 
             x, r = x + alpha * p, r - alpha * hp
             new = r.dot(r)
             p, rr = r + (new / rr) * p, new
-        solution = [piece.view_as(q) for piece, q in zip(x.split([q.numel() for q in params]), params, strict=True)]
-        (mixed,) = torch.autograd.grad(grads, [penalty.weight], solution)
+        (mixed,) = torch.autograd.grad(grads, [penalty.weight], split(x))
         upper.zero_grad()
         penalty.weight.grad = -mixed
         upper.step()
