@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,6 +44,7 @@ def arrange(problems: Sequence[Problem | Sequence[Problem]]) -> list[list[Proble
         if problem.name in seen:
             raise ValueError(f"two problems are named {problem.name!r}; losses could not tell them apart. Rename one.")
         seen.add(problem.name)
+        _check_not_sharded(problem)
         for key, parameter in problem.variables().items():
             other = owners.setdefault(id(parameter), problem.name)
             if other != problem.name:
@@ -62,6 +64,21 @@ def arrange(problems: Sequence[Problem | Sequence[Problem]]) -> list[list[Proble
                 "upper levels."
             )
     return levels
+
+
+def _check_not_sharded(problem: Problem) -> None:
+    """Raise a ValueError for parameters that FSDP2 has sharded."""
+    tensors = sys.modules.get("torch.distributed.tensor")  # importing it takes long, and whoever shards has done so
+    if tensors is None:
+        return
+    sharded = [key for key, p in problem.module.named_parameters() if isinstance(p, tensors.DTensor)]
+    if sharded:
+        raise ValueError(
+            f"problem {problem.name!r}: {sharded[0]!r} is a shard (DTensor, of fully_shard). The engine evaluates "
+            "losses functionally on whole parameters, and products need a double backward, which FSDP2 does not give. "
+            "Keep whole parameters on every rank, Engine(distributed=True), and save memory by micro_batches=, a "
+            "first-order method (hg.FiniteDifference, hg.SAMA), or hg.Unrolled(checkpoint='sqrt')."
+        )
 
 
 def check_runner(runner: Runner, upper: Params) -> None:

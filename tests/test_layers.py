@@ -71,6 +71,7 @@ LAYERS: dict[str, float] = {
     "bench.rivals": 8.05,
     "bench.rivals.holder": 8.03,
     "bench.reference": 8.1,
+    "bench.communication": 8.1,
     "bench.claims": 8.1,
     "bench.claims_report": 8.2,
     "bench.measure": 8.2,
