@@ -13,11 +13,13 @@ export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: help demo test check docs slow lint format types clean rivals $(RIVALS:%=rival-%)
+.PHONY: help demo behaviour speed test check docs slow lint format types clean rivals $(RIVALS:%=rival-%)
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    BiSSL on the images of the repository: a table and a figure"
+	@echo "make behaviour   the SSL methods over ten seeds each (hours): tables with paired gains and their bounds"
+	@echo "make speed   vmapped tasks against a loop over them, BMSSL and GeSSL"
 	@echo "make test    the tests, on $(WORKERS) workers"
 	@echo "make check   what continuous integration runs: lint, types, tests, docs"
 	@echo "make docs    the documentation, built strictly into site/"
@@ -38,6 +40,17 @@ $(VENV)/.extra-%: $(VENV)/.torch pyproject.toml
 demo: $(VENV)/.extra-ssl
 	$(BIN)/python -m ssl_tasks bissl $(DEMO) --out $(RUNS)/bissl
 	@echo "table and options: $(RUNS)/bissl/results.json    figure: $(RUNS)/bissl/figure.png"
+
+# ten paired seeds that chose nothing; an interrupted run is gone on with
+behaviour: $(VENV)/.extra-ssl
+	$(BIN)/python -m ssl_tasks bissl --seeds 10 --first-seed 100 --resume --out $(RUNS)/behaviour/bissl
+	$(BIN)/python -m ssl_tasks bmssl --seeds 10 --first-seed 100 --resume --out $(RUNS)/behaviour/bmssl
+	$(BIN)/python -m ssl_tasks gessl --seeds 10 --first-seed 100 --resume --out $(RUNS)/behaviour/gessl
+	$(BIN)/python -m ssl_tasks gessl --variant threshold --seeds 10 --first-seed 100 --resume \
+		--out $(RUNS)/behaviour/gessl-threshold
+
+speed: $(VENV)/.extra-ssl
+	$(BIN)/python -m ssl_tasks.speed
 
 test: $(VENV)/.extra-test
 	$(BIN)/python -m pytest -n $(WORKERS)

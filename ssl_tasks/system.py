@@ -81,7 +81,7 @@ class Experiment:
         source: the data.
         pretraining: of the common start; `steps=0` leaves it untrained.
         evaluation: how encoders are measured downstream.
-        arms: name -> arm.
+        arms: name -> arm; the first is the start as it is.
         over: the arm that gains are over, in the table and the figure.
         controls: further arms that results.json compares with.
         extra: more measures than the downstream ones.

@@ -127,16 +127,14 @@ def test_all_arms_run_from_the_command_line(tmp_path: Path, capsys: pytest.Captu
         "--seeds",
         "1",
         "--method",
-        "cg",
         "layerwise-cg",
-        "no-implicit",
         "--out",
         str(tmp_path),
     ]
     assert main(["bissl", *arguments]) == 0
     printed = capsys.readouterr().out
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
-    assert len(rows) == len(CONTROLS) + 3
+    assert len(rows) == len(CONTROLS) + 1
     for row in rows:
         assert ("breakdowns" in row["measures"]) == row["arm"].startswith("BiSSL")
         assert row["arm"] in printed and 10 < row["measures"]["probe"] <= 100
@@ -156,3 +154,5 @@ def test_the_effective_lambda_gains_on_the_shifted_domain(tmp_path: Path) -> Non
     for over in (CONVENTIONAL, SAME_STEPS):
         assert gains[over]["gain"]["count"] == 10
         assert gains[over]["lower_bound_95"] > 0, gains[over]
+    fine_tuned = found["paired_gain"]["fine_tuned"]["BiSSL cg"][CONVENTIONAL]
+    assert fine_tuned["lower_bound_95"] > -1.5, fine_tuned

@@ -102,7 +102,7 @@ class GeSSL(System):
     guidance: float = 1.0
     width: int = 32
     proximal: float = 0.0
-    rate: float = 5e-4
+    rate: float = 3e-3
     optimizer: OptimizerName = "adam"
     chunk: int | None = None
     cost: float = 16.0
