@@ -88,7 +88,7 @@ def _loops() -> list[Claim]:
         ("MAML, mlp", mlp(), Unrolled(), False),
         ("MAML, convolutions", convolutions(), Unrolled(), False),
         ("MAML, convolutions, 28 x 28", convolutions(size="large"), Unrolled(), False),
-        ("iMAML, mlp", mlp(), Implicit(CG(max_steps=5), damping=0.1), True),
+        ("iMAML, mlp", mlp(), Implicit(CG(max_steps=5), damping=5.0), True),
     ]
     claims = []
     for name, task, method, tied in cases:
