@@ -12,7 +12,7 @@ from hypergrad.bench import claims_report, pool, report, results, suite, surroun
 from hypergrad.bench.claims import catalogue as claims
 from hypergrad.bench.problems import catalogue as problems
 
-LIMITS = {"quick": (0.3, 60.0), "full": (10.0, 300.0)}
+LIMITS = {"quick": (0.15, 60.0), "full": (10.0, 300.0)}
 """Suite -> seconds after which a contender is not repeated, and after which it is given up."""
 
 
@@ -27,7 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--contender",
         nargs="+",
         metavar="LIBRARY",
-        help="only these libraries (default: every one whose environment is there; see make rivals)",
+        help="only these libraries (default: ours and hand-written autograd; in the full suite every one whose "
+        "environment is there, see make rivals)",
     )
     parser.add_argument(
         "--method", nargs="+", default=[], metavar="TEXT", help="only methods whose name contains one of these"
@@ -76,7 +77,8 @@ def _suite(options: argparse.Namespace) -> int:
                 f"there is no problem {name!r}. Known are: {', '.join(problems.names())}; or name your own as "
                 "module:function."
             )
-    libraries, skipped = pool.chosen(options.contender)
+    quickly = options.suite == "quick" and not options.contender
+    libraries, skipped = pool.chosen([pool.OURS, pool.AUTOGRAD] if quickly else options.contender)
     writable(options.out)
     if skipped:
         print(f"left out, for want of an environment (`make rivals`): {', '.join(skipped)}", file=sys.stderr)

@@ -68,8 +68,8 @@ def _implicit(task: Task, *, full: bool) -> Ladder:
         CG(max_steps=20, rtol=1e-8, preconditioner=NystromPreconditioner(rank=20))
     )
     found["OneStep"] = OneStep(step_size=step)
-    found["SOBA"] = SOBA(step_size=step)
     if full:
+        found["SOBA"] = SOBA(step_size=step)
         found["Nystrom 20"] = Implicit(Nystrom(rank=20))
         found["AmIGO 10"] = AmIGO(steps=10, step_size=step)
         found["StocBiO 20"] = StocBiO(num_products=20, step_size=step)
@@ -84,7 +84,7 @@ def _implicit(task: Task, *, full: bool) -> Ladder:
         found["FiniteDifference"] = FiniteDifference(step_size=step)
         found["SAMA"] = SAMA()
         found["Penalty"] = Penalty(strength=100.0, optimizer=SGD(lr=step), steps=20)
-    if task.outputs is not None:
+    if full and task.outputs is not None:
         found["Gauss-Newton CG 20"] = Implicit(CG(max_steps=20, rtol=1e-8), curvature="gauss_newton")
     if size <= _DENSE:
         found["Exact"] = Implicit(Exact())
@@ -95,20 +95,20 @@ def _unrolled(task: Task, *, full: bool) -> Ladder:
     steps = task.steps
     found: Ladder = {
         "Unrolled": Unrolled(),
-        "Unrolled, retain 0.5": Unrolled(retain=0.5),
         "Unrolled, retain 1": Unrolled(retain=1.0),
     }
     windows = sorted({max(steps // 2, 1), max(steps // 10, 1), 1}, reverse=True) if full else [max(steps // 5, 1)]
     found |= {f"Unrolled, last {n} steps": Unrolled(truncate=n) for n in windows if n < steps}
     if full:
+        found["Unrolled, retain 0.5"] = Unrolled(retain=0.5)
         found["Unrolled, sqrt checkpoints"] = Unrolled(checkpoint="sqrt")
         found["Unrolled, compiled"] = Unrolled(compile=True)
     if sum(u.numel() for u in task.upper.values()) <= 20:
         found["ForwardUnrolled"] = ForwardUnrolled()
     if task.hyper is None:
-        found["OneStep"] = OneStep()
         found["SAMA"] = SAMA()
         if full:
+            found["OneStep"] = OneStep()
             found["CG 20, damping 0.1"] = Implicit(CG(max_steps=20), damping=0.1)
             found["FiniteDifference"] = FiniteDifference()
     return found
