@@ -216,7 +216,7 @@ def test_a_loss_without_lower_parameters_is_named_inside_too():
 
 
 def test_inside_one_vmap_no_transform_takes_a_derivative(monkeypatch):
-    """Derivatives of a population are autograd's, over all members at once: half the time of nested transforms."""
+    """Derivatives of a population are autograd's, over all members at once."""
 
     def refuse(*args, **kwargs):
         raise AssertionError("a torch.func derivative was taken")
