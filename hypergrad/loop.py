@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+from hypergrad._result import SolveError
 from hypergrad.callbacks.base import Callback, Runnable, logs
 from hypergrad.callbacks.checkpoint import Checkpoint
 from hypergrad.distributed import Ranks, Signals
 from hypergrad.distributed.launch import gather_objects
+from hypergrad.distributed.silence import PATIENCE, RankError, silent_ranks
 from hypergrad.history import History, Record
+from hypergrad.source import DataError
 from hypergrad.store import newest
 
 
@@ -46,7 +49,7 @@ def run(engine: Steppable, num_steps: int, callbacks: Iterable[Callback], resume
     history = History()
     engine.listeners, states = listeners, engine.listening
     try:
-        with ExitStack() as ends:  # told in reverse: what listens last saves first
+        with _naming_the_dead(engine), ExitStack() as ends:  # told in reverse: what listens last saves first
             for name, listener in named(listeners).items():
                 listener.on_start(engine, max(num_steps, 0))
                 ends.callback(listener.on_end, engine, history)
@@ -68,6 +71,24 @@ def run(engine: Steppable, num_steps: int, callbacks: Iterable[Callback], resume
     finally:
         engine.listeners, engine.listening = (), {}
     return history
+
+
+@contextmanager
+def _naming_the_dead(engine: Steppable) -> Iterator[None]:
+    """Where a collective fails in the body, say which ranks are gone."""
+    try:
+        yield
+    except (SolveError, DataError):
+        raise
+    except RuntimeError as error:
+        gone = [] if engine.ranks is None else silent_ranks(engine.ranks)
+        if not gone:
+            raise
+        raise RankError(
+            f"step {engine.num_steps}: a collective failed and no sign of life came from rank "
+            f"{', '.join(map(str, gone))} within {PATIENCE:.0f} s. Look at the output of that process, and start all "
+            "of them again with run(..., resume=folder)."
+        ) from error
 
 
 def _agreed(engine: Steppable, folder: Path) -> Path | None:

@@ -1,0 +1,38 @@
+"""Which processes are gone when a collective has failed."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
+
+from hypergrad.distributed.ranks import Ranks
+
+PATIENCE = 10.0
+"""Seconds that the others have to say that the collective failed for them too."""
+
+
+class RankError(RuntimeError):
+    """A process that trains with this one is gone; the message names its rank."""
+
+
+def silent_ranks(ranks: Ranks) -> list[int]:
+    """Return the ranks that did not say, within `PATIENCE` seconds, that they are alive; this one says so.
+
+    Every process whose collective fails comes here. They meet in the store that the group was made with; where the
+    process that holds it is gone, that is rank 0's, unless `torchrun` holds it.
+    """
+    members = range(ranks.size) if ranks.group is None else dist.get_process_group_ranks(ranks.group)
+    try:
+        store = _get_default_store()
+        store.set(f"hypergrad/alive/{ranks.rank}", "1")
+        silent = []
+        for rank in range(len(members)):
+            try:
+                store.wait([f"hypergrad/alive/{rank}"], timedelta(seconds=PATIENCE / max(len(members) - 1, 1)))
+            except dist.DistStoreError:
+                silent.append(rank)
+        return silent
+    except dist.DistError:
+        return [0]

@@ -1,0 +1,61 @@
+"""When a process dies, the others end within a bounded time with an error that names it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+import warnings
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from processes import free_port
+from test_rank_checkpoints import build
+
+import hypergrad as hg
+from hypergrad.distributed.silence import RankError
+
+LIMIT = 60.0
+
+
+class Die(hg.callbacks.Callback):
+    def on_step(self, engine: Any, record: hg.Record) -> None:
+        if record["step"] == 1 and dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def work(rank: int, port: int, folder: Path) -> None:
+    signal.alarm(int(LIMIT) + 20)
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"tcp://127.0.0.1:{port}",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(seconds=LIMIT / 2),
+    )
+    try:
+        build().run(5, callbacks=[Die(), hg.callbacks.Checkpoint(folder / "saved")])
+    except RankError as error:
+        (folder / f"error-{rank}").write_text(str(error))
+    os._exit(0)
+
+
+def test_the_others_end_with_an_error_that_names_it(tmp_path: Path) -> None:
+    context, port = mp.get_context("fork"), free_port()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        processes = [context.Process(target=work, args=(rank, port, tmp_path), daemon=True) for rank in range(2)]
+        for process in processes:
+            process.start()
+    processes[1].join(LIMIT)
+    died = time.monotonic()
+    processes[0].join(LIMIT)
+    assert time.monotonic() - died < LIMIT and processes[0].exitcode == 0
+    assert processes[1].exitcode == -signal.SIGKILL
+    assert "step 2: a collective failed and no sign of life came from rank 1" in (tmp_path / "error-0").read_text()
+    assert hg.callbacks.Checkpoint.latest(tmp_path / "saved") is not None
