@@ -71,6 +71,11 @@ METHODS: dict[str, hg.Method] = {
     "finite_difference": hg.FiniteDifference(epsilon=1e-3),
     "sama": hg.SAMA(epsilon=1e-3),
     "penalty": hg.Penalty(strength=10.0, steps=4),
+    "soba": hg.SOBA(),
+    "amigo": hg.AmIGO(steps=5, batches=2),
+    "stocbio": hg.StocBiO(num_products=5, batches=2),
+    "f2sa": hg.F2SA(),
+    "bome": hg.BOME(),
 }
 
 Setup = tuple[hg.Engine, dict[str, nn.Module]]

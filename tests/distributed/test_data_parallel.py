@@ -36,7 +36,7 @@ def _check(size: int, names: list[str], steps: int) -> None:
         assert max(ec.gap(several[0][name], alone[name])) <= 1e-10, name
 
 
-FAST = ["cg", "neumann", "gauss_newton", "unrolled", "one_step", "sama", "penalty", "reptile", "tasks"]
+FAST = ["cg", "neumann", "gauss_newton", "unrolled", "one_step", "sama", "penalty", "bome", "reptile", "tasks"]
 
 
 def test_two_ranks_make_the_steps_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
