@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import multiprocessing as mp
 import resource
 import sys
 import tempfile
@@ -15,7 +16,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 import hypergrad as hg
@@ -41,8 +41,9 @@ def _engine(method: hg.Method) -> hg.Engine:
     batch = torch.randn(8, WIDTH)
 
     def lower_loss(models: Any, x: Tensor) -> Tensor:
-        fit = (models.net(x) - x).square().mean()
-        return fit + 1e-3 * models.scale.weight.exp().squeeze() * models.net.weight.square().sum()
+        fit: Tensor = (models.net(x) - x).square().mean()
+        decay: Tensor = models.scale.weight.exp().squeeze() * models.net.weight.square().sum()
+        return fit + 1e-3 * decay
 
     lower = hg.Problem(
         "net",
@@ -90,10 +91,14 @@ def _measure(rank: int, size: int, folder: str, name: str) -> None:
 
 def measured(size: int = 2) -> list[tuple[str, int, float, float]]:
     """Return for each method: all-reduces an upper step, vectors sent, vectors by which the peak grew."""
-    rows = []
+    rows, fork = [], mp.get_context("fork")
     for name in METHODS:
         with tempfile.TemporaryDirectory() as folder:
-            mp.start_processes(_measure, (size, folder, name), size, start_method="fork")
+            processes = [fork.Process(target=_measure, args=(rank, size, folder, name)) for rank in range(size)]
+            for process in processes:
+                process.start()
+            for process in processes:
+                process.join()
             count, vectors, held = Path(folder, "out").read_text().split()
         rows.append((name, int(count), float(vectors), float(held)))
     return rows
