@@ -68,6 +68,7 @@ def peak_bytes(compute: Callable[[], object]) -> int:
     Parameters and data that existed before do not count. It runs `compute` once, several times slower than usual.
 
     Example:
+        >>> import torch
         >>> peak_bytes(lambda: torch.zeros(1000) + 1)
         8000
     """
