@@ -4,6 +4,7 @@ from hypergrad import callbacks, distributed, methods, optim, solvers
 from hypergrad._result import Result, SolveError, Stats
 from hypergrad.averaged import Averaged
 from hypergrad.composite import Composite
+from hypergrad.costs import Cost, Estimate, Estimates, estimate
 from hypergrad.diagnosis import Agreement, Diagnoses, Diagnosis, diagnose
 from hypergrad.distributed import all_gather
 from hypergrad.engine import Engine
@@ -62,11 +63,14 @@ __all__ = [
     "BOME",
     "CG",
     "Composite",
+    "Cost",
     "DamagedCheckpoint",
     "DataError",
     "Diagnoses",
     "Diagnosis",
     "Engine",
+    "Estimate",
+    "Estimates",
     "Exact",
     "F2SA",
     "FiniteDifference",
@@ -111,6 +115,7 @@ __all__ = [
     "detach",
     "diagnose",
     "distributed",
+    "estimate",
     "hypergradient",
     "methods",
     "optim",

@@ -30,6 +30,8 @@ class _StandIns:
     """While open, modules run on copies of their buffers; what one call writes there, the next one finds.
 
     A copy that a call has written to is copied again for the next call: the graph of the first may have saved it.
+    One opened inside another begins with what the calls before have written, and only the innermost watches: two
+    that swap the same buffers would put each other's copies back.
     """
 
     def __init__(self) -> None:
@@ -39,6 +41,10 @@ class _StandIns:
         self._inside: set[int] = set()
 
     def __enter__(self) -> _StandIns:
+        if _open:
+            _open[-1].look_away()
+            never = -1  # no version of a tensor: these copies are the other's, and are copied before they are used
+            self._latest = {key: (buffer, copy, never) for key, (buffer, copy, _) in _open[-1]._latest.items()}
         self.watch()
         _open.append(self)
         return self
@@ -48,6 +54,8 @@ class _StandIns:
         self.look_away()
         while self._frames:
             self._restore(self._frames.pop())
+        if _open:
+            _open[-1].watch()
 
     def watch(self) -> None:
         """Be called around every module's forward."""
@@ -110,7 +118,7 @@ class RunsOnClones(nn.Module):
 
 
 _open: list[_StandIns] = []
-"""Those whose context has been entered and not left, outermost first."""
+"""Those whose context has been entered and not left, outermost first; the last one watches."""
 
 
 def called_modules(function: Callable[[], Any]) -> set[nn.Module]:
@@ -148,8 +156,8 @@ def on_copies(modules: Iterable[nn.Module]) -> Iterator[None]:
     stand_ins, modules = _StandIns(), [module for module in modules if not isinstance(module, RunsOnClones)]
     found = {inner: inner.training for module in modules for inner in module.modules()}
     patched, nn.Module.train = nn.Module.train, _train  # type: ignore[method-assign]
-    for other in _open:
-        other.look_away()
+    for innermost in _open[-1:]:
+        innermost.look_away()
     for module in modules:
         stand_ins._enter_module(module, ())
     try:
@@ -157,8 +165,8 @@ def on_copies(modules: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for module in reversed(modules):
             stand_ins._leave_module(module, (), None)
-        for other in _open:
-            other.watch()
+        for innermost in _open[-1:]:
+            innermost.watch()
         nn.Module.train = patched  # type: ignore[method-assign]
         for inner, training in found.items():
             inner.training = training

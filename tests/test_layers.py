@@ -57,6 +57,7 @@ LAYERS: dict[str, float] = {
     "callbacks": 7.5,
     "diagnosis": 7.7,
     "plot": 7.8,
+    "costs": 7.8,
     "bench": 8,
     "bench.protocol": 8,
     "bench.problems": 8,

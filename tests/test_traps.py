@@ -318,6 +318,37 @@ def test_buffers_advance_within_a_run_and_not_beyond() -> None:
     assert counting.count == 0
 
 
+class Noting(nn.BatchNorm1d):
+    """Notes at each call how many it has seen."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__(num_features)
+        self.seen: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(int(self.num_batches_tracked))
+        return super().forward(x)
+
+
+def test_a_hypergradient_inside_a_loss_leaves_everything_as_found() -> None:
+    """The inner one finds the buffers as the outer one's calls left them; neither leaves its copies behind."""
+    norm = Noting(6)
+    bench = Bench(lambda: nn.Sequential(nn.Linear(8, 6), norm, nn.Tanh(), nn.Linear(6, 3)))
+
+    def upper_loss(w: Params, u: Params, batch: Any) -> Tensor:
+        value = bench.upper_loss(w, u, batch)
+        traj = hg.solved(bench.lower_loss, {name: p.detach() for name, p in w.items()})
+        inner = hg.hypergradient(bench.upper_loss, traj, u, method=hg.OneStep(0.1), throw=False)
+        return value + sum(g.sum() for g in inner.grad.values())
+
+    traj = hg.solved(bench.lower_loss, bench.lower)
+    with nothing_changes(bench.net):
+        hg.hypergradient(upper_loss, traj, bench.upper, method=hg.OneStep(0.1), throw=False)
+    outer, *inside, last = norm.seen
+    assert (outer, inside[0], last) == (0, 1, 1)
+    assert inside == sorted(inside) and inside[-1] > 1
+
+
 def test_buffers_given_to_functional_call_stay() -> None:
     bench = Bench(NETWORKS["batch-norm"])
     buffers = {n: b.clone() for n, b in bench.net.named_buffers()}

@@ -101,7 +101,7 @@ class SOBA(ResponseMethod):
         grad = {name: -g for name, g in lin.mixed(x).items()}
         check_start(self, trajectory, grad)
         stats = Stats(
-            num_products=torch.ones((), dtype=torch.int64, device=cotangent.device),
+            num_products=torch.full((), 1, dtype=torch.int64, device=cotangent.device),
             residual_norm=torch.linalg.vector_norm(residual),
             stationarity=lin.value.norm(),
         )

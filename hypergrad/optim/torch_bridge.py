@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from hypergrad._flat import Layout
 from hypergrad.optim._algebra import Scalar
@@ -337,7 +338,8 @@ def _read_step(
     else:
         steps = [entry.get("step", 0) for _, entry in held]
     if all(not isinstance(s, Tensor) or s.device.type == "cpu" for s in steps):
-        counts = {int(s) for s in steps}
+        with _disable_current_modes():  # a step count is needed even where all else is computed without values
+            counts = {int(s) for s in steps}
         if len(counts) <= 1:
             return counts.pop() if counts else 0
     pieces = [
