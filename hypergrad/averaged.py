@@ -241,10 +241,10 @@ class PartsTape(Tape):
                 with replaying(random):
                     for residual in residuals:
                         tape = self._tape_of(residual, self._lower, self._upper)
-                        outcome = function(tape)
+                        if self._count == 1:
+                            self._kept = tape
+                        outcome: Any = function(tape)
                         total = outcome if total is None else _plus(total, outcome)
-            if self._count == 1:
-                self._kept = tape
         assert total is not None
         return _divided(total, self._count)
 

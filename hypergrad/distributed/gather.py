@@ -64,7 +64,8 @@ class _Gather(torch.autograd.Function):
         return None, _SumScatter.apply(ctx.ranks, cotangents[0])  # type: ignore[no-untyped-call]
 
     @staticmethod
-    def vmap(_info: Any, in_dims: tuple[Any, ...], ranks: Ranks, tensor: Tensor) -> tuple[Tensor, int]:
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:  # noqa: ARG004
+        ranks, tensor = args
         return _Gather.apply(ranks, tensor.movedim(in_dims[1], 1)), 1  # type: ignore[no-untyped-call]
 
 
@@ -86,5 +87,6 @@ class _SumScatter(torch.autograd.Function):
         return None, _Gather.apply(ctx.ranks, cotangents[0])  # type: ignore[no-untyped-call]
 
     @staticmethod
-    def vmap(_info: Any, in_dims: tuple[Any, ...], ranks: Ranks, tensor: Tensor) -> tuple[Tensor, int]:
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:  # noqa: ARG004
+        ranks, tensor = args
         return _SumScatter.apply(ranks, tensor.movedim(in_dims[1], 1)), 1  # type: ignore[no-untyped-call]

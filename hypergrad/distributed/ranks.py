@@ -145,7 +145,8 @@ class _Share(torch.autograd.Function):
         return (None, *_Average.apply(ctx.ranks, *cotangents))  # type: ignore[no-untyped-call]
 
     @staticmethod
-    def vmap(_info: Any, in_dims: tuple[Any, ...], ranks: Ranks, *tensors: Tensor) -> Any:
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:  # noqa: ARG004
+        ranks, *tensors = args
         return _Share.apply(ranks, *tensors), in_dims[1:]  # type: ignore[no-untyped-call]
 
 
@@ -165,5 +166,6 @@ class _Average(torch.autograd.Function):
         return (None, *_Share.apply(ctx.ranks, *cotangents))  # type: ignore[no-untyped-call]
 
     @staticmethod
-    def vmap(_info: Any, in_dims: tuple[Any, ...], ranks: Ranks, *tensors: Tensor) -> Any:
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:  # noqa: ARG004
+        ranks, *tensors = args
         return _Average.apply(ranks, *tensors), in_dims[1:]  # type: ignore[no-untyped-call]

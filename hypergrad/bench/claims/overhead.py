@@ -117,17 +117,24 @@ def _parts(width: int, rows: int) -> tuple[nn.Sequential, nn.Linear, tuple[Tenso
 
 
 def _lower_loss(net: Any, penalty: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
-    decay: Tensor = sum((p**2).sum() for p in net.parameters())
+    decay = torch.stack([(p**2).sum() for p in net.parameters()]).sum()
     strength: Tensor = penalty.weight.exp().sum() * 0.05
     return F.cross_entropy(net(batch[0]), batch[1]) + strength * decay
 
 
 def _engine(width: int, rows: int) -> tuple[Callable[[], object], Callable[[], list[Tensor]]]:
     net, penalty, train, held_out = _parts(width, rows)
+
+    def upper_loss(models: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(models.net(batch[0]), batch[1])
+
+    def lower_loss(models: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return _lower_loss(models.net, models.penalty, batch)
+
     lower = hg.Problem(
         "net",
         module=net,
-        loss=lambda models, batch: _lower_loss(models.net, models.penalty, batch),
+        loss=lower_loss,
         optimizer=torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9),
         data=[train],
         steps=STEPS,
@@ -136,7 +143,7 @@ def _engine(width: int, rows: int) -> tuple[Callable[[], object], Callable[[], l
     upper = hg.Problem(
         "penalty",
         module=penalty,
-        loss=lambda models, batch: F.cross_entropy(models.net(batch[0]), batch[1]),
+        loss=upper_loss,
         optimizer=torch.optim.SGD(penalty.parameters(), lr=1e-3),
         data=[held_out],
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -155,11 +156,15 @@ class _Network(nn.Module):
 def _engine(task: Task, method: Method, *, chunk: int | None, tied: bool = False) -> Run:
     """Return a step of an engine over the same tasks; the upper learning rate of 0 leaves them where they are."""
     learner, meta = _Network(task.upper), _Network(task.upper)
-    lower_loss = tied_loss if tied else task.lower_loss
+    of_task: Callable[..., Tensor] = tied_loss if tied else task.lower_loss
+
+    def lower_loss(m: Any, batch: Any) -> Tensor:
+        return of_task(m.learner(), m.meta() if tied else {}, batch["support"])
+
     lower = Problem(
         "learner",
         module=learner,
-        loss=lambda m, batch: lower_loss(m.learner(), m.meta() if tied else {}, batch["support"]),
+        loss=lower_loss,
         optimizer=torch.optim.SGD(learner.parameters(), lr=task.lr),
         steps=task.steps,
         tasks=TASKS,
