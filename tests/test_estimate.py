@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 import hypergrad as hg
+from hypergrad.bench.weighing import allocated_bytes
 from hypergrad.testing import quadratic
 
 Params = dict[str, Tensor]
@@ -158,20 +156,6 @@ def network(convolution: bool) -> tuple[Any, Any, Params, Params, Any]:
     return lower_loss, upper_loss, {n: p.detach() for n, p in net.named_parameters()}, upper, net
 
 
-def allocated(call: Callable[[], Any], path: Path) -> int:
-    """Return the peak of what `call` has the allocator hold, by the profiler's own events."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        kept = call()
-    del kept
-    found.export_chrome_trace(str(path))
-    events = [e for e in json.loads(path.read_text())["traceEvents"] if e.get("name") == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda e: e["ts"]):
-        live += event["args"]["Bytes"]
-        peak = max(peak, live)
-    return peak
-
-
 MEASURED = [
     hg.Implicit(hg.CG(4, check_every=None), damping=1.0),
     hg.Unrolled(),
@@ -187,7 +171,7 @@ MEASURED = [
     [*((method, True) for method in MEASURED), *((method, False) for method in MEASURED[:4:3])],
     ids=lambda value: {True: "convolutions", False: "mlp"}[value] if isinstance(value, bool) else str(value)[:30],
 )
-def test_memory_is_within_a_quarter_of_what_is_allocated(method: hg.Method, convolution: bool, tmp_path: Path) -> None:
+def test_memory_is_within_a_quarter_of_what_is_allocated(method: hg.Method, convolution: bool) -> None:
     lower_loss, upper_loss, lower, upper, _ = network(convolution)
     sgd = hg.optim.SGD(lr=0.01)
 
@@ -200,7 +184,7 @@ def test_memory_is_within_a_quarter_of_what_is_allocated(method: hg.Method, conv
 
     row = hg.estimate(upper_loss, run(), upper, methods={"it": method})["it"]
     whole()
-    measured = allocated(whole, tmp_path / "trace.json")
+    measured = allocated_bytes(whole)
     assert 0.75 < row.memory_bytes / measured < 1.25
 
 

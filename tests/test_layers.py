@@ -74,6 +74,7 @@ LAYERS: dict[str, float] = {
     "bench.reference": 8.1,
     "bench.communication": 8.1,
     "bench.claims": 8.1,
+    "bench.claims.estimate": 8.15,
     "bench.claims_report": 8.2,
     "bench.measure": 8.2,
     "bench.pareto": 8.25,

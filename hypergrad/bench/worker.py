@@ -44,9 +44,7 @@ class Hypergrad(Contender):
             return lambda: _over_tasks(task, chosen, together=settings["vmap"])
         if isinstance(chosen, SINGLE_LOOP):
             return _settled(task, chosen)
-        if task.kind == "implicit" and not isinstance(chosen, SAMA):
-            return lambda: _outcome(_differentiate(task, chosen, _solved(task, chosen)))
-        return lambda: _outcome(_differentiate(task, chosen, _run(task, chosen, task.lower_batches)))
+        return lambda: _outcome(_differentiate(task, chosen, record(task, chosen)))
 
     def versions(self) -> dict[str, str]:
         """Return ours and PyTorch's."""
@@ -72,6 +70,13 @@ def _loss(task: Task, method: Method) -> Callable[..., Tensor]:
         assert task.outputs is not None and task.criterion is not None
         return Composite(task.outputs, task.criterion, task.penalty)
     return task.lower_loss
+
+
+def record(task: Task, method: Method) -> Trajectory:
+    """Return the lower run of a task, or its solution, as a method wants it."""
+    if task.kind == "implicit" and not isinstance(method, SAMA):
+        return _solved(task, method)
+    return _run(task, method, task.lower_batches)
 
 
 def _solved(task: Task, method: Method) -> Trajectory:

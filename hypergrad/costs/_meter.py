@@ -25,11 +25,13 @@ class Rates:
         launch: seconds per kernel, its dispatch and its part of autograd included.
         flops: floating-point operations a second in matrix products.
         bandwidth: bytes a second, read or written.
+        call: seconds of Python for each hypergradient, whatever its size.
     """
 
     launch: float
     flops: float
     bandwidth: float
+    call: float = 2e-3
 
     @staticmethod
     def of(device: torch.device) -> Rates:
@@ -78,12 +80,14 @@ def _workspace(func: Any, args: Any, outcome: Any) -> int:
     """Return the bytes that a kernel takes and gives back beside its outputs.
 
     On a CPU a convolution works on copies laid out in blocks of channels: forward, of the input and then of the output;
-    backward, of the gradient that comes and of the input, or the gradient of the input, at once.
+    backward, of the gradient that comes and of the input, or the gradient of the input, at once. An input of few
+    channels, an image, is used as it is.
     """
-    if func is torch.ops.aten.convolution.default:
-        return max(_blocked(args[0]), _blocked(outcome)) if outcome.device.type == "cpu" else 0
-    if func is torch.ops.aten.convolution_backward.default:
-        return _blocked(args[0]) + _blocked(args[1]) if args[0].device.type == "cpu" else 0
+    if func is torch.ops.aten.convolution.default and outcome.device.type == "cpu":
+        return max(_blocked(args[0]) if args[0].shape[1] >= _BLOCK // 2 else 0, _blocked(outcome))
+    if func is torch.ops.aten.convolution_backward.default and args[0].device.type == "cpu":
+        arriving, data, input_mask = args[0], args[1], args[-1]
+        return _blocked(arriving) + (_blocked(data) if input_mask[0] or data.shape[1] >= _BLOCK // 2 else 0)
     return 0
 
 

@@ -186,15 +186,15 @@ def estimate(
 ) -> Estimate | Estimates:
     r"""Return what methods will cost per upper step: time in lower gradients, memory, communication.
 
-    .. math:: \text{time} = \frac{\sum_\text{kernels} \big(t_0 + \max(\text{FLOPs} / F,\; \text{bytes} / B)\big)}
-        {\text{the same of one lower gradient}}, \qquad
+    .. math:: \text{time} = \frac{t_1 + \sum_\text{kernels} \big(t_0 + \max(\text{FLOPs} / F,\; \text{bytes} / B)\big)}
+        {\text{the sum of one lower gradient}}, \qquad
         \text{communication} = 2\, \frac{R - 1}{R}\, \big((p + 1)\, n + m\big)
 
-    with a nominal launch time t_0, arithmetic rate F and bandwidth B, n and m the bytes of the lower and upper
-    parameters, R the ranks, p the products (for methods without second derivatives, their gradients). Each method
-    runs whole, its lower run included, on tensors that have shapes but no values: every kernel of the forward and of
-    both derivatives is counted, and each storage is followed from where it is made to where it is freed. Nothing is
-    allocated; modules, data, generators and the accelerator are left alone.
+    with a nominal time t_1 of a call and t_0 of a launch, arithmetic rate F and bandwidth B, n and m the bytes of the
+    lower and upper parameters, R the ranks, p the products (for methods without second derivatives, their gradients).
+    Each method runs whole, its lower run included, on tensors that have shapes but no values: every kernel of the
+    forward and of both derivatives is counted, and each storage is followed from where it is made to where it is freed.
+    Nothing is allocated; modules, data, generators and the accelerator are left alone.
 
     Cost: Python only: about 0.2 ms a kernel, so some tens of milliseconds for each lower step or product.
 
@@ -425,7 +425,7 @@ def _cost(
         count = _count(meter, h.stats, "num_products") if solver is None else solver.num_products
         vectors = (count or 0) + (_count(meter, h.stats, "num_gradients") or 0) + 1
     tasks = scene.tasks
-    times = (spent.seconds / one.seconds * tasks, ran.seconds / one.seconds * tasks)
+    times = ((spent.seconds * tasks + rates.call) / one.seconds, ran.seconds * tasks / one.seconds)
     flat, upper = _bytes(scene.trajectory.end_flat), sum(_bytes(u) for u in scene.upper.values())
     taped = min(saved, peak - record)
     return Cost(
@@ -438,9 +438,14 @@ def _cost(
         seconds=None if seconds is None else sum(times) * seconds,
         record_bytes=record * tasks,
         tape_bytes=taped * tasks,
-        work_bytes=(peak - record - taped) * tasks,
+        work_bytes=(peak - record - taped) * tasks + _generator_bytes(scene.trajectory.layout.device),
         communication_bytes=round(2 * (ranks - 1) / ranks * (vectors * flat + upper)),
     )
+
+
+def _generator_bytes(device: torch.device) -> int:
+    """Return what a call keeps of PyTorch's generator to put back: as it was found, at a step, and within a replay."""
+    return 3 * _bytes(torch.get_rng_state()) if device.type == "cpu" else 0
 
 
 def _eager(method: Method) -> Method:

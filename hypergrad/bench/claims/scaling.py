@@ -78,17 +78,16 @@ def lines() -> list[Line]:
 def _line(name: str, axis: str, sizes: tuple[int, ...], case: Callable[[int], Callable[[], object]]) -> Line:
     """Return a line, its repeats interleaved over the sizes so that a slow minute slows them all."""
     runs = [case(size) for size in sizes]
-    peaks = []
     for run in runs:
         run()
-        peaks.append(peak_bytes(run))
     seconds: list[list[float]] = [[] for _ in sizes]
     for _ in range(REPEATS):
         for run, times in zip(runs, seconds, strict=True):
             began = time.perf_counter()
             run()
             times.append(time.perf_counter() - began)
-    return Line(name, axis, sizes, tuple(tuple(times) for times in seconds), tuple(peaks))
+    peaks = tuple(peak_bytes(run) for run in runs)  # after the times, which weighing changes
+    return Line(name, axis, sizes, tuple(tuple(times) for times in seconds), peaks)
 
 
 def _case(num_params: int, steps: int, method: Method) -> Callable[[], object]:
