@@ -51,7 +51,8 @@ def gradient(loss: Callable[[Tensor], Tensor], flat: Tensor, *, create_graph: bo
         return grad
     with torch.enable_grad():
         point = flat if create_graph and is_connected(flat) else leaf(flat)
-        value = loss(point)
+        with explained_transform() if in_transform() else contextlib.nullcontext():
+            value = loss(point)
         if not is_connected(value):
             raise ValueError(
                 "the lower loss does not depend on the lower parameters: its value carries no gradient. "

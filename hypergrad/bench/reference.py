@@ -196,7 +196,7 @@ def newton_step(lower_loss: Loss, lower: Params, upper: Params, batch: Any) -> P
     """Return the lower parameters after one step of Newton's method, its linear system solved to rounding."""
     w = {name: value.detach().clone().requires_grad_() for name, value in lower.items()}
     slope, product = _curvature(lower_loss, w, upper, batch)
-    step, _ = _iterate(product, slope.detach())
+    step, _ = _solve(product, slope.detach())
     parts = step.split_with_sizes([value.numel() for value in w.values()])
     return {n: (value - part.view(value.shape)).detach() for (n, value), part in zip(w.items(), parts, strict=True)}
 

@@ -48,8 +48,10 @@ def markdown(results: Results, drawn: Sequence[str] = (), *, level: int = 1, fol
     ]
     if results.skipped:
         lines += ["", f"Left out, for want of an environment: {', '.join(results.skipped)}."]
-    for name, facts in results.problems.items():
-        lines += ["", f"{'#' * (level + 1)} {name}", "", _about(facts), ""]
+    for name in dict.fromkeys([*results.problems, *(row.problem for row in results.rows)]):
+        lines += ["", f"{'#' * (level + 1)} {name}", ""]
+        if name in results.problems:
+            lines += [_about(results.problems[name]), ""]
         if name in drawn:
             lines += [f"![error against time and memory on {name}]({folder}{figures.file_name(name)})", ""]
         lines += table([row for row in results.rows if row.problem == name])

@@ -49,13 +49,9 @@ def _gaussian_rows(size: int, seed: int, streams: range, dtype: torch.dtype, dev
 
 def _hash(size: int, keys: list[int], device: torch.device) -> Tensor:
     """Return 32 well-mixed bits for each key and index, as int64, shape (len(keys), size)."""
-    low, high = (torch.tensor(part, device=device).unsqueeze(1) for part in zip(*map(_halves, keys), strict=True))
-    bits = (torch.arange(size, dtype=torch.int64, device=device) + low) & _MASK
-    return _mix(_mix(bits) ^ high)
-
-
-def _halves(key: int) -> tuple[int, int]:
-    return key & _MASK, key >> 32
+    index = torch.arange(size, dtype=torch.int64, device=device)
+    rows = _mix(torch.stack([index + (key & _MASK) for key in keys]) & _MASK)
+    return _mix(torch.stack([row ^ (key >> 32) for row, key in zip(rows.unbind(0), keys, strict=True)]))
 
 
 def _mix(bits: Tensor) -> Tensor:
