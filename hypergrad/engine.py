@@ -43,8 +43,8 @@ class Engine:
 
     One step of the engine is one step of the top level. Before it, each level below runs its `steps`; a level in the
     middle does the same to the level below it at each of its own steps; a level that is read past the one between runs
-    once more after the last of these. The gradient of a problem is its partial
-    derivative plus what the lower problems' methods pull back, from the lowest level up.
+    once more after the last of these. The gradient of a problem is its partial derivative plus what the lower
+    problems' methods pull back, from the lowest level up.
 
     Args:
         problems: lowest level first; a nested list puts several problems on one level.
@@ -70,6 +70,7 @@ class Engine:
 
     Example:
         >>> import torch, hypergrad as hg
+        >>> _ = torch.manual_seed(0)
         >>> net, weight = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
         >>> x = torch.ones(4, 1)
         >>> lower = hg.Problem(
