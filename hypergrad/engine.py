@@ -89,7 +89,7 @@ class Engine:
         ...     optimizer=torch.optim.Adam(weight.parameters(), lr=0.1),
         ...     data=[x],
         ... )
-        >>> history = hg.Engine([lower, upper]).run(30)
+        >>> history = hg.Engine([lower, upper]).run(60)
         >>> history["weight.loss"][-1] < 0.1
         True
     """
