@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 from torch import Tensor
 
@@ -10,8 +11,9 @@ from hypergrad._flat import Params
 from hypergrad._tape import Tape, tape
 from hypergrad.methods._refusals import check_option
 from hypergrad.methods._run import last_learning_rate
-from hypergrad.methods.base import Method
+from hypergrad.methods.base import Method, ResponseMethod
 from hypergrad.stationarity import Responding, samples_of, stationarity
+from hypergrad.step import Recording
 from hypergrad.trajectory import Trajectory
 
 
@@ -49,3 +51,39 @@ def check_count(owner: str, option: str, value: object) -> None:
     check_option(
         isinstance(value, int) and not isinstance(value, bool) and value >= 1, owner, option, value, "an int >= 1"
     )
+
+
+class SampledRule(ResponseMethod):
+    """What rules share that take each product on a batch of its own, with a step size of their own or the run's."""
+
+    step_size: float | None
+    batches: int
+    fresh: bool
+
+    def check_functional(self) -> None:
+        """Raise a ValueError for `fresh`, whose batches an engine draws."""
+        check_fresh(type(self).__name__, self.fresh)
+
+    @property
+    def differentiates_optimizer(self) -> bool:
+        """Return whether the learning rate is read."""
+        return self.step_size is None
+
+    @property
+    def fixed_point(self) -> Literal["refuse"]:
+        """Return that the run must end at a fixed point."""
+        return "refuse"
+
+    @property
+    def num_batches(self) -> int:
+        """Return how many of the run's last batches are read."""
+        return 1 if self.fresh else self.batches
+
+    @property
+    def num_fresh(self) -> int:
+        """Return how many batches are drawn anew."""
+        return self.batches if self.fresh else 0
+
+    def recording(self, num_steps: int) -> Recording:
+        """Return that only the last state is read."""
+        return Recording(first=num_steps)

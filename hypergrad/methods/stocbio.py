@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,14 +10,13 @@ from torch import Tensor
 from hypergrad._flat import Params
 from hypergrad._result import Stats
 from hypergrad.methods._refusals import check_fixed_point, check_loss, check_number, check_start, refuse_state
-from hypergrad.methods._sampled import check_count, check_fresh, step_size_of, tapes
-from hypergrad.methods.base import Pulled, ResponseMethod
-from hypergrad.step import Recording
+from hypergrad.methods._sampled import SampledRule, check_count, step_size_of, tapes
+from hypergrad.methods.base import Pulled
 from hypergrad.trajectory import Trajectory
 
 
 @dataclass(frozen=True)
-class StocBiO(ResponseMethod):
+class StocBiO(SampledRule):
     r"""The implicit response with a stochastic Neumann series of Q products in place of the inverse Hessian.
 
     .. math:: r_q = (I - \eta\, \partial_w F_q)^T r_{q-1}, \quad r_0 = v, \qquad
@@ -61,34 +59,6 @@ class StocBiO(ResponseMethod):
         check_count("StocBiO", "num_products", self.num_products)
         check_number("StocBiO", "step_size", self.step_size, none=True)
         check_count("StocBiO", "batches", self.batches)
-
-    def check_functional(self) -> None:
-        """Raise a ValueError for `fresh`, whose batches an engine draws."""
-        check_fresh("StocBiO", self.fresh)
-
-    @property
-    def differentiates_optimizer(self) -> bool:
-        """Return whether the learning rate is read."""
-        return self.step_size is None
-
-    @property
-    def fixed_point(self) -> Literal["refuse"]:
-        """Return that the run must end at a fixed point."""
-        return "refuse"
-
-    @property
-    def num_batches(self) -> int:
-        """Return how many of the run's last batches are read."""
-        return 1 if self.fresh else self.batches
-
-    @property
-    def num_fresh(self) -> int:
-        """Return how many batches are drawn anew."""
-        return self.batches if self.fresh else 0
-
-    def recording(self, num_steps: int) -> Recording:
-        """Return that only the last state is read."""
-        return Recording(first=num_steps)
 
     def vjp(self, trajectory: Trajectory, upper: Params, cotangent: Tensor, state: Tensor | None = None) -> Pulled:
         """Return -(dF/du)^T of the series."""
