@@ -17,6 +17,7 @@ TWO_STEPS: dict[str, dict[str, Any]] = {
     "conventional": {"steps": 2, "cost": 2},
     "bissl": {"alternations": 1, "lower_steps": 1, "upper_steps": 2, "warm_up": 1, "upper_batch": 10, "products": 1},
     "bmssl": {"steps": 2, "tasks": 1, "ways": 2, "inner_steps": 1, "target_steps": 1},
+    "maxl": {"steps": 2, "subclasses": 2, "batch_size": 4, "cost": 1.0},
     "gessl": {"steps": 2, "tasks": 1, "ways": 2, "inner_steps": 1, "lead": 1},
 }
 """What makes a method's stage two steps long; its optimizers, schedules and losses stay as published."""
