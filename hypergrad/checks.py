@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from hypergrad._flat import Params
+from hypergrad._shards import held_params
 from hypergrad._untouched import untouched
 from hypergrad.averaged import plain
 from hypergrad.composite import Composite
@@ -44,7 +44,6 @@ def arrange(problems: Sequence[Problem | Sequence[Problem]]) -> list[list[Proble
         if problem.name in seen:
             raise ValueError(f"two problems are named {problem.name!r}; losses could not tell them apart. Rename one.")
         seen.add(problem.name)
-        _check_not_sharded(problem)
         for key, parameter in problem.variables().items():
             other = owners.setdefault(id(parameter), problem.name)
             if other != problem.name:
@@ -64,21 +63,6 @@ def arrange(problems: Sequence[Problem | Sequence[Problem]]) -> list[list[Proble
                 "upper levels."
             )
     return levels
-
-
-def _check_not_sharded(problem: Problem) -> None:
-    """Raise a ValueError for parameters that FSDP2 has sharded."""
-    tensors = sys.modules.get("torch.distributed.tensor")  # importing it takes long, and whoever shards has done so
-    if tensors is None:
-        return
-    sharded = [key for key, p in problem.module.named_parameters() if isinstance(p, tensors.DTensor)]
-    if sharded:
-        raise ValueError(
-            f"problem {problem.name!r}: {sharded[0]!r} is a shard (DTensor, of fully_shard). The engine evaluates "
-            "losses functionally on whole parameters, and products need a double backward, which FSDP2 does not give. "
-            "Keep whole parameters on every rank, Engine(distributed=True), and save memory by micro_batches=, a "
-            "first-order method (hg.FiniteDifference, hg.SAMA), or hg.Unrolled(checkpoint='sqrt')."
-        )
 
 
 def check_runner(runner: Runner, upper: Params) -> None:
@@ -119,7 +103,7 @@ def _check_method(runner: Runner, method: Method, upper: Params) -> None:
 
 
 def _run_of(runner: Runner, steps: tuple[Step, ...]) -> Trajectory:
-    flat = runner.layout.ravel({key: p.detach() for key, p in runner.used.items()})
+    flat = runner.layout.ravel(held_params(runner.used))
     return Trajectory(layout=runner.layout, end_flat=flat, names=tuple(runner.used), loss=runner.loss, steps=steps)
 
 

@@ -167,17 +167,21 @@ def _norm(gradient: Gradient) -> Tensor:
     """Return the norm of the whole gradient."""
     if not gradient.grad:
         return torch.zeros_like(gradient.value)
-    return get_total_norm(gradient.grad.values())
+    layout = gradient.runner.layout
+    norm = get_total_norm(gradient.grad.values())
+    return norm if layout.over_shards is None else layout.sum(norm.square()).sqrt()
 
 
 def _culprit(gradient: Gradient) -> str:
     """Return which tensor is not finite, in words; empty if all are."""
     if not torch.isfinite(gradient.value):
         return f"its loss is {float(gradient.value)}"
+    layout = gradient.runner.layout
     for key, g in gradient.grad.items():
-        wrong = int((~torch.isfinite(g)).sum())
+        wrong = int(layout.sum((~torch.isfinite(g)).sum()))
         if wrong:
-            return f"{wrong} of {g.numel()} entries for {key!r} are not finite"
+            size = int(layout.sum(torch.tensor(g.numel(), device=g.device)))
+            return f"{wrong} of {size} entries for {key!r} are not finite"
     for name, residual in gradient.residuals.items():
         if not torch.isfinite(residual):
             return f"the residual of the solve for {name!r} is {float(residual)}"

@@ -236,32 +236,6 @@ def test_what_is_refused() -> None:
         assert "tasks=3 do not divide among 2 ranks" in messages[4]
 
 
-def _sharded() -> str:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    net = nn.Linear(4, 4)
-    fully_shard(net, mesh=init_device_mesh("cpu", (2,)))
-    problem = hg.Problem(
-        "net",
-        module=net,
-        loss=lambda models, x: models.net(x).square().mean(),
-        optimizer=torch.optim.SGD(net.parameters(), lr=0.1),
-        data=[torch.ones(2, 4)],
-    )
-    try:
-        hg.Engine([problem], distributed=True)
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
-def test_sharded_parameters_are_refused_with_the_alternative() -> None:
-    for message in run_ranks(2, _sharded):
-        assert "problem 'net': 'weight' is a shard (DTensor, of fully_shard)" in message
-        assert "Engine(distributed=True), and save memory by micro_batches=" in message
-
-
 def test_refusals_of_one_process() -> None:
     with pytest.raises(ValueError, match=r"not initialised. Start the script with torchrun"):
         hg.distributed.world()
