@@ -374,7 +374,8 @@ class Engine:
         for r in lower:
             past = {name: trajectories[name] for name in self._past[runner.name] if name in trajectories}
             trajectories[r.name] = r.trajectory(past)
-        random = random_state(runner.layout.device, anew=bool(lower)) if lower or runner.records_next() else None
+        replays = any(not isinstance(r.problem.method, ResponseMethod) for r in lower)  # its loss is evaluated again
+        random = random_state(runner.layout.device, anew=replays) if replays or runner.records_next() else None
         runner.record(batch, random, {name: trajectories[name] for name in runner.nested if name in trajectories})
         read = [r for r in lower if r.name in runner.nested]
         began = perf_counter()

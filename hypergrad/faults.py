@@ -108,12 +108,9 @@ class Faults:
         runner, value = gradient.runner, gradient.value
         norm = _norm(gradient)
         record.put(runner.name, "grad_norm", norm)
-        finite = torch.isfinite(value) & torch.isfinite(norm)
-        for residual in gradient.residuals.values():
-            finite = finite & torch.isfinite(residual)
-        code = Result.SUCCESS.tensor(value.device)
-        for other in gradient.codes:
-            code = torch.maximum(code, other)
+        checked = [value, norm, *gradient.residuals.values()]
+        finite = torch.isfinite(torch.stack([x.to(norm) for x in checked])).all()
+        code = torch.stack([Result.SUCCESS.tensor(value.device), *gradient.codes]).max()
         unexplained = ~finite & (code < int(Result.NEGATIVE_CURVATURE))
         result = Result(self._read(torch.where(unexplained, int(Result.NON_FINITE), code)))
         found = _culprit(gradient) if result is Result.NON_FINITE else ""

@@ -371,7 +371,7 @@ class Runner:
         leaves = self.leaves
         for other in read:
             leaves = leaves | other.own_leaves
-        step = self.window[-1] if self.window else None
+        step = self.window[-1] if self.window and self.window[-1].index == self.window_size else None
         tapes = step is not None and self.recording is not None and self.recording.tapes(step.index) and not read
         before = {key: buffer._version for key, buffer in self.float_buffers.items()}
         with torch.enable_grad():
@@ -380,8 +380,8 @@ class Runner:
                 found = {(name, key): g for name, part in parts.items() for key, g in part.items()}
             else:
                 value, metrics, found = self._partials_in_parts(batch, leaves)
-        if step is not None and self.last is None and same_state(step.random, random_state(self.layout.device)):
-            self.window[-1] = replace(self.window[-1], draws=False)  # its derivative need not replay them
+        if step is not None and same_state(step.random, random_state(self.layout.device)):
+            self.window[-1] = replace(self.window[-1], random=None)  # nothing was drawn, nothing need be replayed
         for name, key in found:
             if (name, key) in self.watched:
                 raise ValueError(
