@@ -227,7 +227,7 @@ def explained_grad(
 
 
 def _kinds(output: Tensor) -> set[type]:
-    """Return the classes of the functions in the graph of `output`; asking each for its name would take twice as long."""
+    """Return the classes of the functions in the graph of `output`; to ask each for its name takes twice as long."""
     pending, seen = [underlying(output).grad_fn], set()
     while pending:
         node = pending.pop()
