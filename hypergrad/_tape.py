@@ -121,7 +121,7 @@ class AutogradTape(Tape):
             return super().pull_lower_each(cotangents)
         try:
             pulled: Tensor = torch.vmap(self.pull_lower, chunk_size=_CHUNK)(cotangents)
-        except Exception:  # code that cannot be batched; what is wrong otherwise is raised again below
+        except (RuntimeError, ValueError):  # it cannot be batched; what is wrong otherwise is raised again below
             return super().pull_lower_each(cotangents)
         return pulled
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from hypergrad._flat import Params
 from hypergrad._shards import held_params
@@ -44,6 +45,7 @@ def arrange(problems: Sequence[Problem | Sequence[Problem]]) -> list[list[Proble
         if problem.name in seen:
             raise ValueError(f"two problems are named {problem.name!r}; losses could not tell them apart. Rename one.")
         seen.add(problem.name)
+        _check_embeddings(problem)
         for key, parameter in problem.variables().items():
             other = owners.setdefault(id(parameter), problem.name)
             if other != problem.name:
@@ -63,6 +65,20 @@ def arrange(problems: Sequence[Problem | Sequence[Problem]]) -> list[list[Proble
                 "upper levels."
             )
     return levels
+
+
+def _check_embeddings(problem: Problem) -> None:
+    """Raise a ValueError for embeddings that rescale their rows in place, where others differentiate the solution."""
+    if problem.method is None or not problem.responds:
+        return
+    for name, module in problem.module.named_modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
+            raise ValueError(
+                f"problem {problem.name!r}: its module {name or type(module).__name__!r} has "
+                f"max_norm={module.max_norm}, which rescales rows of its weight in place whenever it is called: the "
+                "loss is then no function of the parameters that could be differentiated. Leave max_norm None, and "
+                "rescale the rows in forward, or after each step by Problem(project=...)."
+            )
 
 
 def check_runner(runner: Runner, upper: Params) -> None:

@@ -201,6 +201,11 @@ class Engine:
         """The problems' names by level, lowest first."""
         return [[problem.name for problem in level] for level in self.graph.levels]
 
+    @property
+    def mesh(self) -> Any:
+        """The device mesh over which modules are sharded; None where all are whole."""
+        return None if self.in_place is None else self.in_place.mesh
+
     @contextlib.contextmanager
     def _sharing(self) -> Iterator[None]:
         """Let losses gather over the ranks in the body."""

@@ -41,6 +41,13 @@ class InPlace:
         self._parameters: dict[str, nn.Parameter] = {}
         for problem in problems:
             self._parameters.update({f"{problem.name}.{key}": p for key, p in problem.variables().items()})
+        shards: list[Any] = [p for p in self._parameters.values() if is_shard(p)]
+        self.mesh = shards[0].device_mesh
+        if any(p.device_mesh != self.mesh for p in shards):
+            raise ValueError(
+                "Engine: its sharded modules lie on several device meshes. Make one, init_device_mesh(device, (n,)), "
+                "and pass it to every fully_shard(module, mesh=mesh)."
+            )
         self._all = {id(p): p for problem in problems for p in problem.module.parameters()}.values()
 
     def is_shard(self, name: str) -> bool:

@@ -22,6 +22,7 @@ LAYERS: dict[str, float] = {
     "_result": 0,
     "history": 0,
     "store": 0,
+    "shard_files": 0.6,
     "composite": 0.5,
     "distributed": 0.6,
     "distributed.ranks": 0.55,

@@ -125,3 +125,32 @@ def run(steps: int, method: str, dtype: torch.dtype, **options: Any) -> list[dic
             values[key] = [float(record[key])]
         seen.append(values)
     return seen
+
+
+def interrupted(folder: Any, damage: Any) -> tuple[list[Any], list[Any], list[str]]:
+    """Return where a run ends, where one resumed from the folder ends, and the checkpoint's files."""
+
+    def end(engine: hg.Engine) -> list[Any]:
+        held = []
+        for runner in engine.runners.values():
+            problem = runner.problem
+            state = [t for s in problem.optimizer.state.values() for t in s.values() if isinstance(t, Tensor)]
+            held += [whole(t).flatten().tolist() for t in [*problem.module.state_dict().values(), *state]]
+        return held
+
+    options: dict[str, Any] = {"lower_options": {"steps": 2, "after": "continue"}}
+    one, _ = build("sama", torch.float64, **options)
+    one.run(5)
+    two, _ = build("sama", torch.float64, **options)
+    two.run(3, callbacks=[hg.callbacks.Checkpoint(folder, keep=2)])
+    dist.barrier()  # the first rank seals it after the others have gone on
+    saved = folder / "step-00000003"
+    files = sorted(str(p.relative_to(saved)) for p in saved.rglob("*") if p.is_file())
+    dist.barrier()
+    damage(folder)
+    three, _ = build("sama", torch.float64, **options)
+    for module in (r.problem.module for r in three.runners.values()):
+        for p in module.parameters():
+            p.data.mul_(0.5)
+    three.run(5, callbacks=[hg.callbacks.Checkpoint(folder, keep=2)], resume=folder)
+    return end(one), end(three), files
