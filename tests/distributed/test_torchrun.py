@@ -30,7 +30,7 @@ with open(sys.argv[1] + os.environ["RANK"], "w") as file:
 @pytest.mark.slow
 def test_the_bissl_example_under_torchrun_is_the_command_unchanged(tmp_path: Path) -> None:
     """Two processes share every batch; the first writes, in the same format as a process by itself."""
-    command = ["-m", "ssl_tasks", "bissl", "--preset", "tiny", "--seeds", "1", "--method", "cg", "unrolled"]
+    command = ["-m", "ssl_tasks", "bissl", "--preset", "tiny", "--seeds", "1", "--method", "cg", "one-step"]
     environment = os.environ | {"PYTHONPATH": str(HERE.parent.parent), "OMP_NUM_THREADS": "1"}
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     found = []
