@@ -92,7 +92,7 @@ def run(experiment: Experiment, how: Run, out: Path, settings: Mapping[str, Any]
 def _check(experiment: Experiment, how: Run) -> None:
     """Let every arm that can build its graph on an untrained backbone, so that what does not fit is said at once."""
     if any(arm.check for arm in experiment.arms.values()):
-        data = experiment.source.load(how.first_seed).to(how.device)
+        data = experiment.load(how.first_seed).to(how.device)
         with _seeded(how.first_seed):
             begun = start(experiment.pretraining, data, seed=how.first_seed)
             for arm in experiment.arms.values():
@@ -102,7 +102,7 @@ def _check(experiment: Experiment, how: Run) -> None:
 
 def _arms(experiment: Experiment, how: Run, out: Path, seed: int, done: set[str], advance: Advance) -> Iterator[Row]:
     """Yield the rows of one seed's arms that are not done yet, each as soon as it is there."""
-    data = experiment.source.load(seed).to(how.device)
+    data = experiment.load(seed).to(how.device)
     advance(0, f"seed {seed}, pretraining")
     with _seeded(seed):
         begun = pretrained(experiment.pretraining, data, seed=seed, advance=advance)

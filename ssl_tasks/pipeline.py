@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +68,26 @@ def pretrain(
         losses.append(loss.detach())
         advance()
     return [float(loss) for loss in losses]
+
+
+def descend(
+    tower: nn.Module,
+    loss: Callable[[nn.Module, Any], Tensor],
+    batches: Iterable[Any],
+    recipe: Pretraining,
+    *,
+    steps: int,
+    advance: Advance = lambda: None,
+) -> None:
+    """Train `tower` in place on `loss(tower, batch)` by the recipe's optimizer, cosine schedule: `steps` gradients."""
+    optimizer = optimizer_of(recipe.optimizer, tower, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    schedule = cosine(optimizer, steps)
+    for batch in islice(batches, steps):
+        optimizer.zero_grad()
+        loss(tower, batch).backward()
+        optimizer.step()
+        schedule.step()
+        advance()
 
 
 def views(recipe: Pretraining, data: Data, *, seed: int) -> Views:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,27 @@ class Views:
         generator = torch.Generator(self.images.device).manual_seed(self.seed)
         for index in _batches(len(self.images), self.batch_size, generator):
             yield two_views(to_float(self.images[index]), self.augment, generator)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """Batches of unlabelled images as `draw(images, generator)` makes them, without end.
+
+    A loss whose random numbers come with its batch is a plain function: it can be differentiated in what scales them.
+    """
+
+    images: Tensor
+    draw: Callable[[Tensor, torch.Generator], Any]
+    batch_size: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        _check(self.batch_size, len(self.images))
+
+    def __iter__(self) -> Iterator[Any]:
+        generator = torch.Generator(self.images.device).manual_seed(self.seed)
+        for index in _batches(len(self.images), self.batch_size, generator):
+            yield self.draw(to_float(self.images[index]), generator)
 
 
 @dataclass(frozen=True, kw_only=True)

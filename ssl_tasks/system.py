@@ -89,6 +89,8 @@ class Experiment:
         paired: the measure whose paired gain the table shows.
         panels: measure -> heading, in the figure.
         curves: name of a trial's curve -> label of its axis, in curves.png.
+        prepare: (data, seed) -> the data as the arms and the measures see them; what an experiment plants, it plants
+            here.
     """
 
     title: str
@@ -103,6 +105,11 @@ class Experiment:
     paired: str = "probe"
     panels: Mapping[str, str] = field(default_factory=lambda: dict(PANELS))
     curves: Mapping[str, str] = field(default_factory=dict)
+    prepare: Callable[[Data, int], Data] = lambda data, seed: data  # noqa: ARG005, E731
+
+    def load(self, seed: int) -> Data:
+        """Return the data of one seed, prepared."""
+        return self.prepare(self.source.load(seed), seed)
 
     def __post_init__(self) -> None:
         missing = [name for name in (self.over, *self.controls) if name not in self.arms]
