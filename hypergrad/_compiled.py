@@ -3,7 +3,7 @@
 The gradient of the lower loss is compiled as a function of parameters, upper parameters and batch, and called on inputs
 that require grad: autograd then runs it and its derivative, which is the product, as fused kernels. What is compiled is
 found again by the loss object itself, held weakly, and the layout of its parameters; batches of the same shapes do not
-compile anew.
+compile anew. The first product on each set of shapes is compared with an eager one; where they differ, eager it is.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import Tensor, nn
 from torch._functorch import config as functorch_config
+from torch.utils import _pytree as pytree
 
+from hypergrad._compiled_check import agrees
 from hypergrad._flat import Layout, Params
 from hypergrad._functional import Loss, Residual, in_transform, scalar
 from hypergrad._random import RandomState, random_state, restore_random_state
@@ -26,6 +28,9 @@ from hypergrad._untouched import called_modules, on_copies
 
 Compile = bool | str
 """Whether to compile: False, True for torch's default backend, or the name of a backend of `torch.compile`."""
+
+_DEFAULT: dict[str, Any] = {"backend": "inductor", "options": {"layout_optimization": False}}
+"""Torch's default backend, without the one pass that made second derivatives of convolutions wrong."""
 
 COMPILE = "a bool, or the name of a backend of torch.compile"
 
@@ -100,13 +105,29 @@ def compiled_gradient(
         _check_no_draws(layout.device, state)
     from torch._dynamo.exc import TorchDynamoException  # importing it takes seconds
 
+    variant = _variant(part, upper, constants, batches)
+    right = found.right.get(variant)
     with on_copies(found.modules), _retained():
+        if right is False:
+            return found.eager(*arguments)
         try:
-            grad: Tensor = found.gradient(*arguments)
+            grad = found.compiled(*arguments)
         except TorchDynamoException as error:
             raise ValueError(_refusal(str(error))) from error
+        if right is None:
+            eager = found.eager(*arguments)
+            inputs = [x for x in (part, *upper.values()) if x.requires_grad]
+            found.right[variant] = agrees(grad, eager, inputs, compile=compile)
+            if not found.right[variant]:
+                grad = eager
     _check_no_draws(layout.device, state)
     return grad
+
+
+def _variant(*arguments: Any) -> tuple[Any, ...]:
+    """Return what the compiler makes code of its own for: shapes, dtypes and which tensors require grad."""
+    tensors = [x for x in pytree.tree_leaves(arguments) if isinstance(x, Tensor)]
+    return tuple((x.shape, x.dtype, x.requires_grad) for x in tensors)
 
 
 def _refusal(error: str) -> str:
@@ -158,11 +179,14 @@ class _Compiled:
 
         self.loss = mean_loss
         self.modules: WeakSet[nn.Module] | None = None
-        self.gradient: Callable[..., Tensor] = torch.compile(
+        self.right: dict[tuple[Any, ...], bool] = {}
+        """By variant, whether the compiled derivative was found to be the eager one."""
+        self.eager: Callable[..., Tensor] = gradient
+        self.compiled: Callable[..., Tensor] = torch.compile(
             _of_its_own(gradient),
             fullgraph=True,
             dynamic=False,
-            backend=compile if isinstance(compile, str) else "inductor",
+            **({"backend": compile} if isinstance(compile, str) else _DEFAULT),
         )
 
 

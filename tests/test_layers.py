@@ -17,6 +17,7 @@ LAYERS: dict[str, float] = {
     "_random": 0,
     "_untouched": 0,
     "_tape": 0,
+    "_compiled_check": 0.05,
     "_compiled": 0.1,
     "_result": 0,
     "history": 0,

@@ -48,7 +48,8 @@ class Implicit(ResponseMethod):
         compile: compile the gradient that is taped, and with it each product: True, or the name of a backend of
             `torch.compile`. Once for each loss object and layout, which takes seconds to minutes; worth it over many
             calls. The loss must draw no random numbers. Derivatives of the rule itself (`best_response` twice) stay
-            eager.
+            eager. The first product for each set of shapes is compared with an eager one; where the compiler got it
+            wrong, a warning says so and eager products are used.
         fresh: draw the `batches` anew once per lower run instead of taking the run's last; engine only.
         decoupled: what to do about decoupled weight decay (AdamW), which moves the fixed point in a way that this
             condition does not describe: "refuse" or "ignore".

@@ -238,6 +238,41 @@ def test_second_derivatives_stay_eager():
     torch.testing.assert_close(twice(AOT), twice(False))
 
 
+def wrong_backward(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+    """Compile exactly, but for derivatives that are too large by a thousandth."""
+    del inputs
+
+    def run(*arguments: torch.Tensor) -> Any:
+        return [
+            torch.lerp(out.detach(), out, 1.001) if isinstance(out, torch.Tensor) and out.requires_grad else out
+            for out in graph(*arguments)
+        ]
+
+    return run
+
+
+@pytest.mark.parametrize("name", ["Implicit", "Unrolled"])
+def test_wrong_compiled_derivatives_give_way_to_eager_ones(name):
+    from torch._dynamo.backends.registry import register_backend
+
+    backend = f"wrong_backward_of_{name}"
+    register_backend(wrong_backward, name=backend)
+    _, lower_loss, upper_loss, lower, upper, batches = problem()
+    make = {
+        "Implicit": lambda c: hg.Implicit(hg.CG(5), damping=1.0, compile=c),
+        "Unrolled": lambda c: hg.Unrolled(compile=c),
+    }[name]
+    traj = hg.descend(lower_loss, lower, upper, optimizer=OPTIMIZERS["SGD"], batches=batches)
+
+    def run(compile: bool | str) -> hg.Hypergradient:
+        return hg.hypergradient(upper_loss, traj, upper, method=make(compile), batch=batches[0])
+
+    eager = run(False)
+    with pytest.warns(RuntimeWarning, match=r"compiled derivative .* is off by 0.001 .*compile='aot_eager'"):
+        assert_same(run(backend), eager)
+    assert_same(run(backend), eager)  # and says so once
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own imports
 @pytest.mark.parametrize("name", ["Implicit", "Unrolled"])
