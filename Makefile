@@ -18,7 +18,7 @@ export NO_MKDOCS_2_WARNING := 1
 
 help:
 	@echo "make demo    BiSSL on the images of the repository: a table and a figure"
-	@echo "make behaviour   the SSL methods over ten seeds each (hours): tables with paired gains and their bounds"
+	@echo "make behaviour   the SSL methods over ten seeds each: tables with paired gains and their bounds; behaviour-gessl for one"
 	@echo "make speed   vmapped tasks against a loop over them, BMSSL and GeSSL"
 	@echo "make test    the tests, on $(WORKERS) workers"
 	@echo "make check   what continuous integration runs: lint, types, tests, docs"
@@ -41,16 +41,27 @@ demo: $(VENV)/.extra-ssl
 	$(BIN)/python -m ssl_tasks bissl $(DEMO) --out $(RUNS)/bissl
 	@echo "table and options: $(RUNS)/bissl/results.json    figure: $(RUNS)/bissl/figure.png"
 
-# ten paired seeds that chose nothing; an interrupted run is gone on with
-behaviour: $(VENV)/.extra-ssl
-	$(BIN)/python -m ssl_tasks bissl --seeds 10 --first-seed 100 --resume --out $(RUNS)/behaviour/bissl
-	$(BIN)/python -m ssl_tasks bmssl --seeds 10 --first-seed 100 --resume --out $(RUNS)/behaviour/bmssl
-	$(BIN)/python -m ssl_tasks gessl --seeds 10 --first-seed 100 --resume --out $(RUNS)/behaviour/gessl
-	$(BIN)/python -m ssl_tasks gessl --variant threshold --seeds 10 --first-seed 100 --resume \
-		--out $(RUNS)/behaviour/gessl-threshold
-	$(BIN)/python -m ssl_tasks learned-pretext --seeds 10 --first-seed 100 --resume --out $(RUNS)/behaviour/learned-pretext
-	$(BIN)/python -m ssl_tasks sources --seeds 10 --first-seed 100 --resume --out $(RUNS)/behaviour/sources
-	$(BIN)/python -m ssl_tasks masked --seeds 10 --first-seed 100 --resume --out $(RUNS)/behaviour/masked
+# ten paired seeds that chose nothing, sizes of minutes; an interrupted run is gone on with
+TEN := --seeds 10 --first-seed 100 --keep none --resume
+SHORT := --evaluation.penalties 0.01 --evaluation.rates 0.03 --evaluation.steps 50 --evaluation.episodes 20
+BEHAVIOUR := bissl bmssl gessl gessl-threshold maxl umtra cactus learned-pretext sources masked
+bissl_OPTIONS := bissl
+bmssl_OPTIONS := bmssl --method unrolled --evaluation.steps 100
+gessl_OPTIONS := gessl --method unrolled --evaluation.steps 100
+gessl-threshold_OPTIONS := gessl --variant threshold --method unrolled --rate 5e-4 --evaluation.steps 100
+maxl_OPTIONS := maxl --steps 100 $(SHORT)
+umtra_OPTIONS := umtra --method unrolled --steps 60 --rate 3e-3 $(SHORT)
+cactus_OPTIONS := cactus --method unrolled --steps 60 --rate 3e-3 $(SHORT)
+learned-pretext_OPTIONS := learned-pretext
+sources_OPTIONS := sources
+masked_OPTIONS := masked
+
+behaviour: $(BEHAVIOUR:%=behaviour-%)
+
+.PHONY: $(BEHAVIOUR:%=behaviour-%)
+
+$(BEHAVIOUR:%=behaviour-%): behaviour-%: $(VENV)/.extra-ssl
+	$(BIN)/python -m ssl_tasks $($*_OPTIONS) $(TEN) --out $(RUNS)/behaviour/$*
 
 speed: $(VENV)/.extra-ssl
 	$(BIN)/python -m ssl_tasks.speed

@@ -6,8 +6,8 @@ sweeps) is a handful of kernels whatever the number of tensors.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import reduce
 
 import torch
@@ -32,6 +32,8 @@ class Layout:
     dtypes: tuple[torch.dtype, ...]
     dtype: torch.dtype
     device: torch.device
+    over_shards: Callable[[Tensor], Tensor] | None = field(default=None, compare=False)
+    """Adds up a tensor over the processes that each hold a part of the vector; None where this one holds it whole."""
 
     @staticmethod
     def of(params: Mapping[str, Tensor], *, names: Sequence[str] | None = None, what: str = "lower") -> Layout:
@@ -58,6 +60,15 @@ class Layout:
     def size(self) -> int:
         """Return the number of scalars."""
         return sum(self.sizes)
+
+    def sum(self, number: Tensor) -> Tensor:
+        """Return the sum over the whole vector of something, from what it is over the part held here."""
+        return number if self.over_shards is None else self.over_shards(number)
+
+    def norm(self, vector: Tensor) -> Tensor:
+        """Return the Euclidean norm of the whole vector of which `vector` is the part held here."""
+        norm: Tensor = torch.linalg.vector_norm(vector)
+        return norm if self.over_shards is None else self.over_shards(norm.square()).sqrt()
 
     def ravel(self, params: Mapping[str, Tensor]) -> Tensor:
         """Return the entries of `params` as one vector of shape (size,), which may share their memory."""

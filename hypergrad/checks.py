@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from hypergrad._flat import Params
+from hypergrad._shards import held_params
 from hypergrad._untouched import untouched
 from hypergrad.averaged import plain
 from hypergrad.composite import Composite
@@ -44,7 +45,7 @@ def arrange(problems: Sequence[Problem | Sequence[Problem]]) -> list[list[Proble
         if problem.name in seen:
             raise ValueError(f"two problems are named {problem.name!r}; losses could not tell them apart. Rename one.")
         seen.add(problem.name)
-        _check_not_sharded(problem)
+        _check_embeddings(problem)
         for key, parameter in problem.variables().items():
             other = owners.setdefault(id(parameter), problem.name)
             if other != problem.name:
@@ -66,19 +67,18 @@ def arrange(problems: Sequence[Problem | Sequence[Problem]]) -> list[list[Proble
     return levels
 
 
-def _check_not_sharded(problem: Problem) -> None:
-    """Raise a ValueError for parameters that FSDP2 has sharded."""
-    tensors = sys.modules.get("torch.distributed.tensor")  # importing it takes long, and whoever shards has done so
-    if tensors is None:
+def _check_embeddings(problem: Problem) -> None:
+    """Raise a ValueError for embeddings that rescale their rows in place, where others differentiate the solution."""
+    if problem.method is None or not problem.responds:
         return
-    sharded = [key for key, p in problem.module.named_parameters() if isinstance(p, tensors.DTensor)]
-    if sharded:
-        raise ValueError(
-            f"problem {problem.name!r}: {sharded[0]!r} is a shard (DTensor, of fully_shard). The engine evaluates "
-            "losses functionally on whole parameters, and products need a double backward, which FSDP2 does not give. "
-            "Keep whole parameters on every rank, Engine(distributed=True), and save memory by micro_batches=, a "
-            "first-order method (hg.FiniteDifference, hg.SAMA), or hg.Unrolled(checkpoint='sqrt')."
-        )
+    for name, module in problem.module.named_modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
+            raise ValueError(
+                f"problem {problem.name!r}: its module {name or type(module).__name__!r} has "
+                f"max_norm={module.max_norm}, which rescales rows of its weight in place whenever it is called: the "
+                "loss is then no function of the parameters that could be differentiated. Leave max_norm None, and "
+                "rescale the rows in forward, or after each step by Problem(project=...)."
+            )
 
 
 def check_runner(runner: Runner, upper: Params) -> None:
@@ -119,7 +119,7 @@ def _check_method(runner: Runner, method: Method, upper: Params) -> None:
 
 
 def _run_of(runner: Runner, steps: tuple[Step, ...]) -> Trajectory:
-    flat = runner.layout.ravel({key: p.detach() for key, p in runner.used.items()})
+    flat = runner.layout.ravel(held_params(runner.used))
     return Trajectory(layout=runner.layout, end_flat=flat, names=tuple(runner.used), loss=runner.loss, steps=steps)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hypergrad._flat import Params
+from hypergrad._shards import held
 from hypergrad.methods import Pulled
 from hypergrad.operators import Function
 from hypergrad.runner import Runner
@@ -57,7 +58,7 @@ def settle(group: Sequence[Runner], cotangents: Mapping[str, Params], pull: Pull
 
 def ravel(runner: Runner, cotangent: Params) -> Tensor:
     """Return a cotangent of the problem's solution as a flat vector; a name left out counts as zero."""
-    return runner.layout.ravel({key: cotangent.get(key, torch.zeros_like(p)) for key, p in runner.used.items()})
+    return runner.layout.ravel({key: cotangent.get(key, torch.zeros_like(held(p))) for key, p in runner.used.items()})
 
 
 def by_problem(grad: Params) -> dict[str, Params]:

@@ -25,10 +25,11 @@ from hypergrad.distributed.launch import begin_alike, check_alike, choose_ranks,
 from hypergrad.faults import Faults, Gradient, OnBreakdown, OnNonfinite
 from hypergrad.graph import Graph
 from hypergrad.history import History, Record
+from hypergrad.in_place import check_levels, in_place
 from hypergrad.loop import named, run
 from hypergrad.methods import Pulled, Reptile, ResponseMethod
-from hypergrad.network import Network, own
-from hypergrad.problem import Problem, loss_value
+from hypergrad.network import Network
+from hypergrad.problem import Problem
 from hypergrad.product_check import check_product
 from hypergrad.reads import Reads, dry_reads
 from hypergrad.runner import Runner
@@ -112,8 +113,10 @@ class Engine:
         if self.ranks is not None:
             begin_alike(self.ranks, {name: p.module for name, p in self.graph.problems.items()})
         self.network = Network(list(self.graph.problems.values()))
+        self.in_place = in_place(list(self.graph.problems.values()), self.ranks)
         self.runners = {
-            name: Runner(p, self.graph, self.network, self.ranks) for name, p in self.graph.problems.items()
+            name: Runner(p, self.graph, self.network, self.ranks, self.in_place)
+            for name, p in self.graph.problems.items()
         }
         self._device = next(iter(self.runners.values())).whole.device
         self._stream = None if self.ranks is None else rank_stream(self.ranks, self._device)
@@ -141,6 +144,8 @@ class Engine:
         if self.ranks is not None:
             check_alike(self.ranks, self.graph.reads)
         self.graph.validate()
+        if self.in_place is not None:
+            check_levels(self.graph.below, list(self.graph.problems.values()))
         for name, runner in self.runners.items():
             self.network.restrict(name, self.graph.reads[name].accessed)
             runner.prepare()
@@ -196,6 +201,11 @@ class Engine:
         """The problems' names by level, lowest first."""
         return [[problem.name for problem in level] for level in self.graph.levels]
 
+    @property
+    def mesh(self) -> Any:
+        """The device mesh over which modules are sharded; None where all are whole."""
+        return None if self.in_place is None else self.in_place.mesh
+
     @contextlib.contextmanager
     def _sharing(self) -> Iterator[None]:
         """Let losses gather over the ranks in the body."""
@@ -234,7 +244,7 @@ class Engine:
         if problem.tasks is not None:
             return dry_reads(self.network, problem, first_task(problem, batch, problem.tasks))
         if not by_task:
-            return dry_reads(self.network, problem, batch)
+            return dry_reads(self.network, problem, batch, self.in_place)
         try:
             reads = dry_reads(self.network, problem, first_task(problem, batch, max(by_task.values())))
         except Exception as error:
@@ -369,7 +379,8 @@ class Engine:
         for r in lower:
             past = {name: trajectories[name] for name in self._past[runner.name] if name in trajectories}
             trajectories[r.name] = r.trajectory(past)
-        random = random_state(runner.layout.device, anew=bool(lower)) if lower or runner.records_next() else None
+        replays = any(not isinstance(r.problem.method, ResponseMethod) for r in lower)  # its loss is evaluated again
+        random = random_state(runner.layout.device, anew=replays) if replays or runner.records_next() else None
         runner.record(batch, random, {name: trajectories[name] for name in runner.nested if name in trajectories})
         read = [r for r in lower if r.name in runner.nested]
         began = perf_counter()
@@ -448,19 +459,9 @@ class Engine:
             return Pulled(method.direction(trajectory, upper))
         if not isinstance(method, ResponseMethod):
             assert method is not None
-
-            def upper_loss(lower: Params, above: Params, at: Any) -> Tensor:
-                overrides = own(runner.name, lower) | above
-                value: Tensor = self.network.call(
-                    lambda models: loss_value(top.problem.loss, models, at, top.name)[0],
-                    overrides,
-                    reader=top.name,
-                )
-                return value
-
             with replaying(random):
                 warm = runner.warm.get(top.name)
-                pulled: Pulled = method.total(top.averaged(upper_loss), trajectory, upper, batch, warm)
+                pulled: Pulled = method.total(top.as_upper_loss(runner.name), trajectory, upper, batch, warm)
         else:
             pulled = method.vjp(trajectory, upper, ravel(runner, cotangent), runner.warm.get(top.name))
         if pulled.state is not None:

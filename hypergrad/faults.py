@@ -108,12 +108,9 @@ class Faults:
         runner, value = gradient.runner, gradient.value
         norm = _norm(gradient)
         record.put(runner.name, "grad_norm", norm)
-        finite = torch.isfinite(value) & torch.isfinite(norm)
-        for residual in gradient.residuals.values():
-            finite = finite & torch.isfinite(residual)
-        code = Result.SUCCESS.tensor(value.device)
-        for other in gradient.codes:
-            code = torch.maximum(code, other)
+        checked = [value, norm, *gradient.residuals.values()]
+        finite = torch.isfinite(torch.stack([x.to(norm) for x in checked])).all()
+        code = torch.stack([Result.SUCCESS.tensor(value.device), *gradient.codes]).max()
         unexplained = ~finite & (code < int(Result.NEGATIVE_CURVATURE))
         result = Result(self._read(torch.where(unexplained, int(Result.NON_FINITE), code)))
         found = _culprit(gradient) if result is Result.NON_FINITE else ""
@@ -167,17 +164,21 @@ def _norm(gradient: Gradient) -> Tensor:
     """Return the norm of the whole gradient."""
     if not gradient.grad:
         return torch.zeros_like(gradient.value)
-    return get_total_norm(gradient.grad.values())
+    layout = gradient.runner.layout
+    norm = get_total_norm(gradient.grad.values())
+    return norm if layout.over_shards is None else layout.sum(norm.square()).sqrt()
 
 
 def _culprit(gradient: Gradient) -> str:
     """Return which tensor is not finite, in words; empty if all are."""
     if not torch.isfinite(gradient.value):
         return f"its loss is {float(gradient.value)}"
+    layout = gradient.runner.layout
     for key, g in gradient.grad.items():
-        wrong = int((~torch.isfinite(g)).sum())
+        wrong = int(layout.sum((~torch.isfinite(g)).sum()))
         if wrong:
-            return f"{wrong} of {g.numel()} entries for {key!r} are not finite"
+            size = int(layout.sum(torch.tensor(g.numel(), device=g.device)))
+            return f"{wrong} of {size} entries for {key!r} are not finite"
     for name, residual in gradient.residuals.items():
         if not torch.isfinite(residual):
             return f"the residual of the solve for {name!r} is {float(residual)}"

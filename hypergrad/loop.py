@@ -26,6 +26,11 @@ class Steppable(Runnable, Protocol):
     ranks: Ranks | None
     signals: Signals
 
+    @property
+    def mesh(self) -> Any:
+        """The device mesh of sharded modules, or None."""
+        ...
+
     def step(self) -> Record:
         """Return the record of one step of the top level."""
         ...
@@ -44,7 +49,7 @@ def run(engine: Steppable, num_steps: int, callbacks: Iterable[Callback], resume
         path = _agreed(engine, Path(resume))
         if path is not None:
             rank, size = (0, 1) if engine.ranks is None else (engine.ranks.rank, engine.ranks.size)
-            engine.load_state_dict(Checkpoint.read(path, rank=rank, size=size))
+            engine.load_state_dict(Checkpoint.read(path, rank=rank, size=size, mesh=engine.mesh))
         num_steps -= engine.num_steps
     history = History()
     engine.listeners, states = listeners, engine.listening

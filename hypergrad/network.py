@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from hypergrad._flat import Params
+from hypergrad._shards import held
 from hypergrad._untouched import RunsOnClones
 from hypergrad.problem import Problem
 
@@ -155,8 +156,8 @@ class Network:
         return _evaluate(view, function, overrides or {}, owner)
 
     def variables(self, name: str) -> Params:
-        """Return the problem's variables as they are, detached, under "problem.parameter"."""
-        return {f"{name}.{key}": p.detach() for key, p in self._variables[name].items()}
+        """Return the problem's variables as they are, detached, under "problem.parameter"; of shards, this part."""
+        return {f"{name}.{key}": held(p) for key, p in self._variables[name].items()}
 
     def kept_variables(self, name: str) -> Params:
         """Return copies of the same, one copy for as long as they do not change."""

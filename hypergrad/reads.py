@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hypergrad._flat import Params
 from hypergrad._untouched import untouched
+from hypergrad.in_place import InPlace
 from hypergrad.network import Function, Network
 from hypergrad.problem import Problem, loss_value
 
@@ -30,10 +31,11 @@ class Reads:
     """All variables, as "problem.parameter", on which any of its functions depends."""
 
 
-def dry_reads(network: Network, problem: Problem, batch: Any) -> Reads:
+def dry_reads(network: Network, problem: Problem, batch: Any, in_place: InPlace | None = None) -> Reads:
     """Return what the problem reads; RNG, buffers, modes and gradients are left as they were.
 
-    Each function is called once, on variables that are leaves of their own; it depends on what a gradient reaches.
+    Each function is called once, on variables that are leaves of their own, or with `in_place` on the modules as they
+    stand; it depends on what a gradient reaches.
 
     Raises:
         ValueError: if the loss is not a scalar, or `reads` names no problem.
@@ -54,11 +56,20 @@ def dry_reads(network: Network, problem: Problem, batch: Any) -> Reads:
         grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
         return {key for key, g in zip(leaves, grads, strict=True) if g is not None}, seen
 
+    def of_loss(loss: Any) -> set[str]:
+        def value(models: Any) -> Tensor:
+            return loss_value(loss, models, batch, name)[0]
+
+        if in_place is None:
+            return connections(value)[0]
+        _, seen, grads = in_place.gradients(lambda: network.observe(value, {}), {}, name)
+        accessed.update(seen)
+        return set(grads)
+
     with untouched(next(iter(leaves.values())).device):
-        keys, _ = connections(lambda models: loss_value(problem.loss, models, batch, name)[0])
+        keys = of_loss(problem.loss)
         if problem.response is not None:
-            response = problem.response
-            keys |= connections(lambda models: loss_value(response, models, batch, name)[0])[0]
+            keys |= of_loss(problem.response)
         for function in problem.hyper.values():
             keys |= connections(function)[0]
         started, touched = (set[str](), set[str]()) if problem.start is None else connections(problem.start)

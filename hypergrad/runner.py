@@ -13,12 +13,14 @@ from torch import Tensor
 from hypergrad._flat import Layout, Params
 from hypergrad._functional import Loss
 from hypergrad._random import RandomState, random_state, same_state
+from hypergrad._shards import held, held_params, is_shard
 from hypergrad._tape import second_order
 from hypergrad.averaged import Averaged
 from hypergrad.composite import Composite
 from hypergrad.distributed import Ranks, Signals
 from hypergrad.graph import Graph
 from hypergrad.history import Record
+from hypergrad.in_place import InPlace, ShardedLoss
 from hypergrad.methods import Method, ResponseMethod, best_response
 from hypergrad.network import Function, Network, own
 from hypergrad.optim import Bound, from_torch, read_options, read_state
@@ -44,9 +46,16 @@ class Surrounded:
 class Runner:
     """One problem at run time."""
 
-    def __init__(self, problem: Problem, graph: Graph, network: Network, ranks: Ranks | None = None) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        graph: Graph,
+        network: Network,
+        ranks: Ranks | None = None,
+        in_place: InPlace | None = None,
+    ) -> None:
         """Prepare the problem's optimizer and loss for recording; `ranks` share each batch."""
-        self.ranks = ranks
+        self.ranks, self.in_place = ranks, in_place
         self.problem, self.graph, self.network = problem, graph, network
         self.name = problem.name
         self.source = None if problem.data is None else Source(problem)
@@ -61,7 +70,7 @@ class Runner:
         self.began_at_start = False
         self.variables = problem.variables()
         self.float_buffers = {key: b for key, b in problem.module.named_buffers() if b.is_floating_point()}
-        self.whole = Layout.of(self.variables, what=f"the variables of problem {self.name!r}")
+        self.whole = Layout.of(held_params(self.variables), what=f"the variables of problem {self.name!r}")
         self.stepper = Stepper(problem)
         begins_anew = problem.tasks is None and (problem.restarts or problem.start is not None)
         self.initial = snapshot(problem) | {"optimizer": {}} if begins_anew else None
@@ -89,9 +98,9 @@ class Runner:
         }
         self.leaves = {(self.name, key): p for key, p in self.variables.items()} | self.watched
         self.moving = self.graph.moving(self.name)
-        self.loss = self.averaged(self._functional(self.problem.loss))
+        self.loss = self._as_loss(self.problem.loss)
         response = self.problem.response
-        self.response = None if response is None else self.averaged(self._functional(response))
+        self.response = None if response is None else self._as_loss(response)
         method = self.problem.method
         self.opaque = not self._must_differentiate_optimizer()
         self.bound = self.bind()
@@ -143,7 +152,10 @@ class Runner:
             if (kept := tuple(name for name in group if name in self.used))
         )
         order = [name for _, group in groups for name in group]
-        return Bound(groups, Layout.of({n: p.detach() for n, p in self.used.items()}, names=order, what=self.name))
+        layout = Layout.of(held_params(self.used), names=order, what=self.name)
+        if self.ranks is not None and any(map(is_shard, self.used.values())):
+            layout = replace(layout, over_shards=self.ranks.sum)
+        return Bound(groups, layout)
 
     def _functional(self, loss: Any) -> Loss:
         """Return a problem's loss as a pure function (lower, upper, batch), its lower levels responding inside."""
@@ -160,11 +172,45 @@ class Runner:
 
         return value
 
+    def _as_loss(self, loss: Any) -> Loss:
+        """Return a problem's loss as a function (lower, upper, batch) that methods may differentiate."""
+        return self.averaged(self._functional(loss)) if self.in_place is None else self._sharded(loss, self.name)
+
+    def as_upper_loss(self, name: str) -> Loss:
+        """Return this problem's loss as a function of the variables of `name`, below it, of others and of a batch."""
+        if self.in_place is not None:
+            return self._sharded(self.problem.loss, name)
+
+        def value(lower: Params, above: Params, batch: Any) -> Tensor:
+            scalar: Tensor = self._call(
+                lambda models: loss_value(self.problem.loss, models, batch, self.name)[0], own(name, lower) | above
+            )
+            return scalar
+
+        return self.averaged(value)
+
+    def _sharded(self, loss: Any, name: str) -> Loss:
+        """Return a loss of this problem evaluated in place, as a function of the variables of `name` and of others."""
+        assert self.in_place is not None
+
+        def value(batch: Any) -> Tensor:
+            scalar: Tensor = self._call(lambda models: loss_value(loss, models, batch, self.name)[0])
+            return scalar
+
+        def unwrap(batch: Any) -> tuple[Any, Params]:
+            return (batch.batch, dict(batch.constants)) if isinstance(batch, Surrounded) else (batch, {})
+
+        count = self.problem.micro_batches
+        return ShardedLoss(self.in_place, name, self.name, value, lambda batch: self._parts(batch, count), unwrap)
+
     def averaged(self, loss: Loss) -> Loss:
         """Return a loss of this problem as the mean over its micro-batches and over the ranks."""
         if self.ranks is None and self.problem.micro_batches == 1:
             return loss
         return Averaged(loss, self.problem.micro_batches, self.ranks, self._split)
+
+    def _parts(self, batch: Any, count: int) -> list[Any]:
+        return self._split(batch, count) if count > 1 else [batch]
 
     def _split(self, batch: Any, count: int) -> list[Any]:
         if isinstance(batch, Surrounded):
@@ -239,7 +285,7 @@ class Runner:
         with torch.no_grad():
             begun = self.start_values({})
             for key, parameter in self.variables.items():
-                parameter.copy_(begun[key])
+                held(parameter).copy_(begun[key])
         self.began_at_start = True
 
     def start_values(self, upper: Params) -> Params:
@@ -247,6 +293,8 @@ class Runner:
         start = self.problem.start
         assert start is not None
         values = self._call(lambda models: dict(start(models)), upper)
+        if self.in_place is not None:  # without `upper`, parameters are read as they are
+            values = {key: held(v) if is_shard(v) else v for key, v in values.items()}
         missing = [key for key in self.variables if key not in values]
         if missing:
             raise ValueError(
@@ -254,10 +302,10 @@ class Runner:
                 f"parameters, {list(self.variables)}."
             )
         for key, parameter in self.variables.items():
-            if values[key].shape != parameter.shape:
+            if values[key].shape != held(parameter).shape:
                 raise ValueError(
                     f"problem {self.name!r}: start gave {key!r} shape {tuple(values[key].shape)}, the module has "
-                    f"{tuple(parameter.shape)}."
+                    f"{tuple(held(parameter).shape)}."
                 )
         return {key: values[key] for key in self.variables}
 
@@ -283,7 +331,7 @@ class Runner:
             batch=self.surrounded(batch, records),
             index=self.window_size,
             random=random,
-            flat=bound.layout.record(self.used) if keeps else None,
+            flat=bound.layout.record(held_params(self.used)) if keeps else None,
             states=read_state(self.problem.optimizer, bound, self.used) if keeps and not self.opaque else None,
         )
         self.window.append(step)
@@ -323,7 +371,7 @@ class Runner:
         leaves = self.leaves
         for other in read:
             leaves = leaves | other.own_leaves
-        step = self.window[-1] if self.window else None
+        step = self.window[-1] if self.window and self.window[-1].index == self.window_size else None
         tapes = step is not None and self.recording is not None and self.recording.tapes(step.index) and not read
         before = {key: buffer._version for key, buffer in self.float_buffers.items()}
         with torch.enable_grad():
@@ -332,8 +380,8 @@ class Runner:
                 found = {(name, key): g for name, part in parts.items() for key, g in part.items()}
             else:
                 value, metrics, found = self._partials_in_parts(batch, leaves)
-        if step is not None and self.last is None and same_state(step.random, random_state(self.layout.device)):
-            self.window[-1] = replace(self.window[-1], draws=False)  # its derivative need not replay them
+        if step is not None and same_state(step.random, random_state(self.layout.device)):
+            self.window[-1] = replace(self.window[-1], random=None)  # nothing was drawn, nothing need be replayed
         for name, key in found:
             if (name, key) in self.watched:
                 raise ValueError(
@@ -363,12 +411,10 @@ class Runner:
         values: list[Tensor] = []
         metrics: dict[str, list[Any]] = {}
         found: dict[tuple[str, str], Tensor] = {}
-        for part in self._split(batch, count) if count > 1 else [batch]:
-            value, part_metrics = self._evaluate(part, {})
-            tensors = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
-            for key, g in zip(leaves, tensors, strict=True):
-                if g is not None:
-                    found[key] = found[key] + g if key in found else g
+        for part in self._parts(batch, count):
+            value, part_metrics, grads = self._part_partials(part, leaves)
+            for key, g in grads.items():
+                found[key] = found[key] + g if key in found else g
             values.append(value.detach() if count > 1 else value)
             for name, metric in part_metrics.items():
                 metrics.setdefault(name, []).append(metric)
@@ -376,6 +422,17 @@ class Runner:
             return values[0], {name: metric for name, (metric,) in metrics.items()}, found
         means = {name: _mean(several) for name, several in metrics.items()}
         return sum(values[1:], values[0]) / count, means, {key: g / count for key, g in found.items()}
+
+    def _part_partials(
+        self, part: Any, leaves: Mapping[tuple[str, str], Tensor]
+    ) -> tuple[Tensor, dict[str, Any], dict[tuple[str, str], Tensor]]:
+        """Return loss, metrics and derivatives on one micro-batch; those that the loss does not depend on left out."""
+        if self.in_place is None:
+            value, metrics = self._evaluate(part, {})
+            tensors = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
+            return value, metrics, {key: g for key, g in zip(leaves, tensors, strict=True) if g is not None}
+        value, metrics, grads = self.in_place.gradients(lambda: self._evaluate(part, {}), {}, self.name)
+        return value, metrics, {key: grads[".".join(key)] for key in leaves if ".".join(key) in grads}
 
     def _over_ranks(
         self,
@@ -396,7 +453,9 @@ class Runner:
         also = [value.detach(), *numbers.values(), *buffers]
         if signals is not None:
             also.append(signals.send(value.device))
-        names = {f"{name}.{key}": (name, key) for name, key in like}
+        whole = {pair: like[pair] for pair in like if not is_shard(like[pair])}
+        sharded = {pair: g for pair, g in found.items() if pair in like and pair not in whole}  # averaged already
+        names = {f"{name}.{key}": (name, key) for name, key in whole}
         local = {text: found[pair] for text, pair in names.items() if pair in found}
         averaged, means = ranks.average_params(local, {text: like[pair] for text, pair in names.items()}, also)
         if signals is not None:
@@ -407,7 +466,7 @@ class Runner:
             for buffer, mean in zip(buffers, means[len(numbers) :], strict=True):
                 buffer.copy_(mean)
         metrics = metrics | dict(zip(numbers, means[: len(numbers)], strict=True))
-        return value, metrics, {names[text]: g for text, g in averaged.items()}
+        return value, metrics, sharded | {names[text]: g for text, g in averaged.items()}
 
     def _evaluate(self, batch: Any, overrides: Params) -> tuple[Tensor, dict[str, Any]]:
         value, metrics = self.network.call(
@@ -510,7 +569,7 @@ class Runner:
             below: records of lower levels that have run since, at this problem's present values. Methods that look at
                 the end of the window alone see these; those that go through its steps see what these saw.
         """
-        end = self.layout.record(self.used)
+        end = self.layout.record(held_params(self.used))
         window, method = self.window, self.problem.method
         if below and method is not None and method.num_batches is not None:
             window = [

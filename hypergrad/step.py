@@ -75,6 +75,7 @@ class Step:
     batch: Any
     index: int
     random: RandomState | None
+    """The generators as the loss met them, to be replayed; None if it drew nothing."""
     flat: Tensor | None = None
     states: States | None = None
     taped: Tensor | None = None
@@ -82,8 +83,6 @@ class Step:
     leaves: tuple[Tensor, Params] | None = None
     versions: tuple[int, ...] = ()
     """Those of the upper leaves when the tape was made; they share memory with the caller's tensors."""
-    draws: bool = True
-    """Whether evaluating the loss may draw random numbers; if not, they need not be replayed."""
 
     def lower_loss(self, flat: Tensor, upper: Params) -> Tensor:
         """Return the lower loss of this step at `flat`, a scalar."""
@@ -93,7 +92,7 @@ class Step:
     def gradient(self, flat: Tensor, upper: Params, *, create_graph: bool = False) -> Tensor:
         """Return the gradient of the lower loss at `flat`, with this step's random draws."""
         loss = self.recipe.loss
-        with replaying(self.random if self.draws else None):
+        with replaying(self.random):
             if isinstance(loss, Averaged):
                 return average_gradient(loss, self.recipe.layout, flat, upper, self.batch, create_graph=create_graph)
             return gradient(lambda w: self.lower_loss(w, upper), flat, create_graph=create_graph)

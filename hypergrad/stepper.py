@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from hypergrad._flat import Params
+from hypergrad._shards import held, like_shard
 from hypergrad.problem import Problem
 
 Again = Callable[[], tuple[Tensor, Params]]
@@ -75,12 +76,12 @@ class Stepper:
         for key, parameter in self.variables.items():
             if key not in grad:
                 continue
-            g = grad[key].detach().to(parameter.dtype)
+            g, here = grad[key].detach().to(parameter.dtype), held(parameter)
             if g.layout is torch.strided:  # as backward() leaves it: laid out like the parameter, memory of its own
-                if g.stride() != parameter.stride() or g.data_ptr() in taken:
-                    g = torch.empty_like(parameter).copy_(g)
+                if g.stride() != here.stride() or g.data_ptr() in taken:
+                    g = torch.empty_like(here).copy_(g)
                 taken.add(g.data_ptr())
-            parameter.grad = g
+            parameter.grad = like_shard(g, parameter)
         if self.problem.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.variables.values(), self.problem.clip_norm)
         if self.problem.clip_value is not None:

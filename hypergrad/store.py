@@ -83,6 +83,15 @@ class Writing:
         shutil.rmtree(self.path, ignore_errors=True)
 
 
+def entry_of(file: Path) -> dict[str, Any]:
+    """Return the entry in the manifest of a file as it is on the disk."""
+    digest = hashlib.sha256()
+    with open(file, "rb") as content:
+        while block := content.read(1 << 20):
+            digest.update(block)
+    return {"bytes": file.stat().st_size, "sha256": digest.hexdigest()}
+
+
 class _Hashed:
     """A file that is written in order, its checksum and size counted on the way."""
 
@@ -158,17 +167,15 @@ def check(path: str | Path) -> dict[str, Any]:
     """
     facts = manifest(path)
     for name, entry in facts["files"].items():
-        file, digest = Path(path) / name, hashlib.sha256()
+        file = Path(path) / name
         try:
             size = file.stat().st_size
             if size != entry["bytes"]:
                 raise DamagedCheckpoint(f"{file} has {size} bytes, {entry['bytes']} were written")
-            with open(file, "rb") as content:
-                while block := content.read(1 << 20):
-                    digest.update(block)
+            found = entry_of(file)
         except OSError as error:
             raise DamagedCheckpoint(f"{file} cannot be read ({error.strerror})") from error
-        if digest.hexdigest() != entry["sha256"]:
+        if found["sha256"] != entry["sha256"]:
             raise DamagedCheckpoint(f"{file} is not what was written: its checksum differs")
     return facts
 

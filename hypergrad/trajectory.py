@@ -225,7 +225,7 @@ def descend(
             step = Step(recipe, batch, index, random)
             step, flat, states = take(step, flat, states, constants, recording, len(batches))
             random = random_state(layout.device)
-            steps.append(replace(step, draws=False) if same_state(step.random, random) else step)
+            steps.append(replace(step, random=None) if same_state(step.random, random) else step)
     return Trajectory(
         layout=layout,
         end_flat=flat,

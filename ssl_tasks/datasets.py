@@ -6,7 +6,7 @@ and *shifted*: BiSSL's gain shows where the downstream task differs from what th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -34,7 +34,10 @@ class Split:
 
 @dataclass(frozen=True)
 class Data:
-    """One experiment's data: an unlabelled pretext set, and a downstream task's three labelled splits."""
+    """One experiment's data: an unlabelled pretext set, a downstream task's three labelled splits.
+
+    `unseen` are the classes of which the pretext set has no image.
+    """
 
     name: str
     pretext: Tensor
@@ -42,6 +45,7 @@ class Data:
     validation: Split
     test: Split
     num_classes: int
+    unseen: tuple[int, ...] = ()
 
     @property
     def device(self) -> torch.device:
@@ -55,8 +59,8 @@ class Data:
 
     def to(self, device: torch.device | str) -> Data:
         """Return the data on `device`."""
-        splits = (self.train.to(device), self.validation.to(device), self.test.to(device))
-        return Data(self.name, self.pretext.to(device), *splits, self.num_classes)
+        splits = {name: getattr(self, name).to(device) for name in ("pretext", "train", "validation", "test")}
+        return replace(self, **splits)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +122,7 @@ def load(
     num_labels: int = 500,
     num_validation: int = 500,
     num_pretext: int | None = None,
+    num_unseen: int = 0,
 ) -> Data:
     """Return one experiment's data; which images land in which split is drawn from `seed`.
 
@@ -135,13 +140,14 @@ def load(
         num_labels: labelled downstream training images.
         num_validation: labelled validation images.
         num_pretext: how many unlabelled images to keep; None for all that are left.
+        num_unseen: how many classes, drawn from `seed`, have no image in the pretext set.
 
     Returns:
         Data on the CPU.
 
     Raises:
-        ValueError: for an unknown name, a missing folder, a size that enlarges, or more images than there
-            are.
+        ValueError: for an unknown name, a missing folder, a size that enlarges, more images than there are, or unseen
+            classes where they cannot be kept out.
         FileNotFoundError: if a file or a folder is missing; the message lists what is expected.
         ImportError: if torchvision is needed and does not import.
 
@@ -157,6 +163,8 @@ def load(
     order = torch.randperm(len(labels), generator=generator)
     train, rest = _take_evenly(order, labels, num_labels, num_classes, "num_labels")
     validation, rest = _take_evenly(rest, labels, num_validation, num_classes, "num_validation")
+    unseen = _unseen(num_unseen, num_classes, seed, named=raw.unlabelled is None)
+    rest = rest[~torch.isin(labels[rest], torch.tensor(unseen, dtype=labels.dtype))]
     free = images[rest] if raw.unlabelled is None else torch.cat([raw.unlabelled, images[rest]])
     if len(free) < max(num_pretext or 1, 1):
         raise ValueError(f"num_pretext={num_pretext}, but {len(free)} images of {name!r} are left; ask for fewer.")
@@ -171,7 +179,21 @@ def load(
         validation=downstream(images[validation], labels[validation]),
         test=downstream(raw.test_images, raw.test_labels),
         num_classes=num_classes,
+        unseen=unseen,
     )
+
+
+def _unseen(count: int, num_classes: int, seed: int, *, named: bool) -> tuple[int, ...]:
+    """Return the classes that the pretext set is not to show, drawn from `seed`."""
+    if count and not named:
+        raise ValueError(
+            f"num_unseen={count}, but this data has unlabelled images, of whose classes nobody knows. Leave them out, "
+            "or take data without."
+        )
+    if not 0 <= count < num_classes:
+        raise ValueError(f"num_unseen must lie between 0 and one less than the {num_classes} classes, got {count}.")
+    drawn = torch.randperm(num_classes, generator=torch.Generator().manual_seed(seed + 1))[:count]
+    return tuple(sorted(drawn.tolist()))
 
 
 def _take_evenly(order: Tensor, labels: Tensor, count: int, num_classes: int, what: str) -> tuple[Tensor, Tensor]:

@@ -30,6 +30,7 @@ class InstanceTasks:
         ways: images, that is classes, a task.
         seed: draws images and views.
         split: whether the query views are others than the support's; otherwise they are the same.
+        still: whether the support shows the images as they are, twice, and the query alone is augmented.
     """
 
     images: Tensor
@@ -38,6 +39,7 @@ class InstanceTasks:
     ways: int
     seed: int
     split: bool = True
+    still: bool = False
 
     def __post_init__(self) -> None:
         count = self.tasks * self.ways
@@ -49,14 +51,16 @@ class InstanceTasks:
 
     def __iter__(self) -> Iterator[dict[str, Pair]]:
         generator = torch.Generator(self.images.device).manual_seed(self.seed)
-        count, kinds = self.tasks * self.ways, 4 if self.split else 2
+        count, kinds = self.tasks * self.ways, 4 if self.split and not self.still else 2
         while True:
             order = torch.randperm(len(self.images), generator=generator, device=self.images.device)
             for index in order[: len(order) - len(order) % count].split(count):
                 images = to_float(self.images[index])
                 views = self.augment(images.repeat(kinds, 1, 1, 1), generator)
                 shaped = views.view(kinds, self.tasks, self.ways, *images.shape[1:]).unbind(0)
-                yield {"support": (shaped[0], shaped[1]), "query": (shaped[-2], shaped[-1])}
+                plain = images.view(self.tasks, self.ways, *images.shape[1:])
+                support = (plain, plain) if self.still else (shaped[0], shaped[1])
+                yield {"support": support, "query": (shaped[-2], shaped[-1])}
 
 
 def instance_logits(tower: Any, support: Sequence[Tensor], query: Sequence[Tensor], *, temperature: float) -> Tensor:

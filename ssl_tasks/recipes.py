@@ -31,6 +31,7 @@ class Source:
         num_labels: labelled downstream training images.
         num_validation: labelled validation images.
         num_pretext: unlabelled images; None takes all that are left.
+        num_unseen: classes, drawn from the seed, of which no unlabelled image is.
     """
 
     data: DataName = "fashion"
@@ -41,6 +42,7 @@ class Source:
     num_labels: int = 1000
     num_validation: int = 500
     num_pretext: int | None = None
+    num_unseen: int = 0
 
     def load(self, seed: int) -> Data:
         """Return the data of one seed; the digits, of which there are few, get smaller labelled splits."""
@@ -54,6 +56,7 @@ class Source:
             num_labels=min(self.num_labels, 300) if few else self.num_labels,
             num_validation=min(self.num_validation, 200) if few else self.num_validation,
             num_pretext=self.num_pretext,
+            num_unseen=self.num_unseen,
         )
 
 

@@ -10,6 +10,7 @@ import pytest
 from ssl_tasks import cli
 from ssl_tasks.datasets import load
 from ssl_tasks.guided import Guide
+from ssl_tasks.maml import Maml
 from ssl_tasks.pipeline import pretrain, start, views
 from ssl_tasks.recipes import Pretraining
 from ssl_tasks.system import Trial
@@ -19,6 +20,15 @@ TWO_STEPS: dict[str, dict[str, Any]] = {
     "conventional": {"steps": 2, "cost": 2},
     "bissl": {"alternations": 1, "lower_steps": 1, "upper_steps": 2, "warm_up": 1, "upper_batch": 10, "products": 1},
     "bmssl": {"steps": 2, "tasks": 1, "ways": 2, "inner_steps": 1, "target_steps": 1},
+    "maxl": {"steps": 2, "subclasses": 2, "batch_size": 4, "cost": 1.0},
+    "umtra": {"maml": Maml(method=("unrolled",), steps=2, tasks=1, ways=2, inner_steps=1)},
+    "cactus": {
+        "maml": Maml(method=("unrolled",), steps=2, tasks=1, ways=2, inner_steps=1),
+        "embedding": "pixels",
+        "partitions": 1,
+        "clusters": 2,
+        "queries": 1,
+    },
     "learned-pretext": {"guide": SHORT},
     "sources": {"guide": SHORT, "count": 2},
     "masked": {"guide": SHORT, "patch": 4},
@@ -27,6 +37,8 @@ TWO_STEPS: dict[str, dict[str, Any]] = {
 """What makes a method's stage two steps long; its optimizers, schedules and losses stay as published."""
 
 PRESETS = [(name, preset) for name, own in cli.systems().items() for preset in own.presets() if "paper" in preset]
+NETWORKS = {"umtra": "convnet", "cactus": "convnet"}
+"""Published networks that are no ResNet-50."""
 LEFT_TO_SLOW = [("conventional", "paper"), ("bissl", "paper-byol")]
 
 
@@ -34,7 +46,7 @@ LEFT_TO_SLOW = [("conventional", "paper"), ("bissl", "paper-byol")]
 @pytest.mark.parametrize(("name", "preset"), PRESETS)
 def test_the_published_network_takes_two_steps(name: str, preset: str) -> None:
     system: Any = cli.systems()[name].presets()[preset]
-    assert system.pretraining.encoder == "resnet50"
+    assert system.pretraining.encoder == NETWORKS.get(name, "resnet50")
     _two_steps(name, system, system.pretraining)
 
 

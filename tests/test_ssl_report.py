@@ -130,7 +130,7 @@ def test_help_explains_every_option_of_every_method(capsys: pytest.CaptureFixtur
         for option in ("--preset", "--data", "--folder", "--seeds", "--resume", "--out", "--device"):
             assert option in text
         for option in fields(system):  # type: ignore[arg-type]
-            assert option.name in ("source", "guide") or f"--{option.name.replace('_', '-')}" in text
+            assert option.name in ("source", "maml", "guide") or f"--{option.name.replace('_', '-')}" in text
         documented = "Attributes:" in (system.__doc__ or "")
         assert documented and all(f"\n        {f.name}: " in system.__doc__ for f in fields(system))  # type: ignore
         assert {"tiny", "small", "paper"} <= set(system.presets())

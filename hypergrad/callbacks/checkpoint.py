@@ -6,8 +6,11 @@ import warnings
 from pathlib import Path
 from typing import Any, ClassVar
 
-from hypergrad import store
+from torch import Tensor
+
+from hypergrad import shard_files, store
 from hypergrad.callbacks.base import Callback, Runnable, logs
+from hypergrad.distributed import Ranks
 from hypergrad.distributed.launch import gather_objects
 from hypergrad.history import History, Record
 
@@ -19,7 +22,8 @@ class Checkpoint(Callback):
     the same numbers, bit for bit, as without the interruption. Each checkpoint is a folder of its own with checksums,
     written under another name and renamed when it is complete: a process killed at any moment leaves the ones before.
     Where one cannot be written (a full disk) the run goes on with a warning. Processes that train together write one
-    checkpoint, each a file with its own state whole, so all must see the folder.
+    checkpoint, each a file with its own state, so all must see the folder; of modules sharded by `fully_shard` each
+    writes the parts that it holds, by `torch.distributed.checkpoint`.
 
     Cost: one copy of all parameters, buffers and optimizer states to the disk; on an accelerator, one wait for it.
 
@@ -58,13 +62,14 @@ class Checkpoint(Callback):
         return store.newest(folder)
 
     @staticmethod
-    def read(path: str | Path, *, rank: int = 0, size: int = 1) -> dict[str, Any]:
+    def read(path: str | Path, *, rank: int = 0, size: int = 1, mesh: Any = None) -> dict[str, Any]:
         """Return the state in one checkpoint, for `engine.load_state_dict`.
 
         Args:
             path: of the checkpoint.
             rank: which process this one is, of those that train together.
             size: how many these are.
+            mesh: `engine.mesh`, over which sharded modules lie; all processes then read together.
 
         Raises:
             ValueError: if it was saved by another number of processes.
@@ -73,7 +78,7 @@ class Checkpoint(Callback):
         found = store.check(path)["ranks"]
         if found != size:
             raise ValueError(f"{path} was saved by {found} processes, these are {size}. Start as many as then.")
-        state: dict[str, Any] = store.read(path, _part(rank))
+        state: dict[str, Any] = shard_files.read(Path(path), store.read(path, _part(rank)), mesh)
         return state
 
     def on_start(self, engine: Runnable, num_steps: int) -> None:  # noqa: ARG002
@@ -103,19 +108,26 @@ class Checkpoint(Callback):
 
     def save(self, engine: Runnable) -> None:
         """Save now; where the disk refuses, warn and leave the older ones."""
-        writing, entry, trouble = None, None, None
-        ranks = engine.ranks
+        writing, entries, trouble = None, dict[str, dict[str, Any]](), None
+        ranks, shards = engine.ranks, dict[str, Tensor]()
         name = _part(0 if ranks is None else ranks.rank)
         try:
             writing = store.Writing(self.folder, engine.num_steps)
-            entry = writing.put(name, engine.state_dict(copied=False))
+            entries[name] = writing.put(name, shard_files.take_out(engine.state_dict(copied=False), shards))
         except OSError as error:
             trouble = str(error)
-        told = [(name, entry, trouble)] if ranks is None else gather_objects(ranks, (name, entry, trouble))
-        trouble = next((t for _, _, t in told if t is not None), None)
+        told = _all_told(ranks, entries, trouble)
+        if shards and ranks is not None and writing is not None and not any(t for _, t in told):
+            try:
+                entries |= shard_files.write(writing.path, shards, ranks)
+            except OSError as error:
+                trouble = str(error)
+            told = _all_told(ranks, entries, trouble)
+        trouble = next((t for _, t in told if t is not None), None)
         try:
             if writing is not None and trouble is None and logs(engine):
-                writing.commit({part: known for part, known, _ in told if known is not None}, {"ranks": len(told)})
+                files = {part: known for theirs, _ in told for part, known in theirs.items()}
+                writing.commit(files, {"ranks": len(told)})
         except OSError as error:
             trouble = str(error)
         if trouble is not None:
@@ -131,6 +143,13 @@ class Checkpoint(Callback):
         self._saved_at = engine.num_steps
         if logs(engine):
             store.prune(self.folder, self.keep)
+
+
+def _all_told(
+    ranks: Ranks | None, entries: dict[str, dict[str, Any]], trouble: str | None
+) -> list[tuple[dict[str, dict[str, Any]], str | None]]:
+    """Return what every process wrote, and what kept it from writing."""
+    return [(entries, trouble)] if ranks is None else gather_objects(ranks, (entries, trouble))
 
 
 def _part(rank: int) -> str:

@@ -57,7 +57,15 @@ def rehearse(engine: Engine, name: str, reader: str) -> Rehearsal:
         engine: parameters, buffers, gradients, optimizer states, data and random state are left as they are.
         name: the lower problem.
         reader: the problem above that reads it.
+
+    Raises:
+        ValueError: for an engine with sharded modules.
     """
+    if engine.in_place is not None:
+        raise ValueError(
+            "diagnose and estimate run losses on copies of the parameters, and modules sharded by fully_shard cannot "
+            "be run so. Build the same engine on whole, smaller modules, and look at that."
+        )
     runner, top = engine.runners[name], engine.runners[reader]
     upper = _above(engine, name, {})
     with untouched(runner.layout.device):

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from hypergrad._random import RandomState, random_state, restore_random_state
+from hypergrad._shards import is_shard
 from hypergrad.distributed.ranks import Ranks
 
 _ours: list[int] = []
@@ -94,6 +95,8 @@ def begin_alike(ranks: Ranks, modules: Mapping[str, nn.Module]) -> None:
     with torch.no_grad():
         for module in modules.values():
             for tensor in _tensors(module).values():
+                if is_shard(tensor):  # each rank has its own part of one and the same
+                    continue
                 data = tensor.detach().contiguous()
                 dist.broadcast(data, source, group=ranks.group)
                 if data.data_ptr() != tensor.data_ptr():

@@ -64,6 +64,12 @@ class Ranks:
         """Return the means of local tensors over the ranks, by one all-reduce of all of them; differentiable."""
         return list(_Average.apply(self, *tensors)) if tensors else []  # type: ignore[no-untyped-call]
 
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Return the sum of local tensors over the ranks, by one all-reduce; a constant."""
+        total = tensor.detach().clone()
+        dist.all_reduce(total, group=self.group)
+        return total
+
     def share_params(self, params: Params) -> Params:
         """Return `share` of tensors by name."""
         return dict(zip(params, self.share(list(params.values())), strict=True))

@@ -136,7 +136,7 @@ def difference_quotient(trajectory: Trajectory, upper: Params, direction: Tensor
     if trajectory.steps:
         sign = trajectory.steps[-1].recipe.optimizer.sign()
         signed = direction if isinstance(sign, float) and sign == 1.0 else sign * direction
-    norm = torch.linalg.vector_norm(signed)
+    norm = trajectory.layout.norm(signed)
     unit = signed / torch.where(norm > 0, norm, 1.0)
     ahead = loss_gradient(trajectory, trajectory.end_flat + epsilon * unit, upper)
     behind = loss_gradient(trajectory, trajectory.end_flat - epsilon * unit, upper)

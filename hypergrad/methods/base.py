@@ -60,6 +60,11 @@ class Method(ABC):
     """Whether the lower loss is evaluated away from the recorded points."""
 
     @property
+    def serves_shards(self) -> bool:
+        """Return whether parameters may be sharded: no second derivative, sums over entries by `Layout.sum` alone."""
+        return False
+
+    @property
     def second_order(self) -> bool:
         """Return whether second derivatives of the lower loss are taken."""
         return not self.perturbs

@@ -52,6 +52,11 @@ class FiniteDifference(ResponseMethod):
         check_number("FiniteDifference", "step_size", self.step_size, none=True)
 
     @property
+    def serves_shards(self) -> bool:
+        """Return that gradients are all it takes."""
+        return True
+
+    @property
     def differentiates_optimizer(self) -> bool:
         """Return whether the learning rate is read."""
         return self.step_size is None

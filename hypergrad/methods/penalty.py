@@ -70,6 +70,11 @@ class Penalty(Method):
         )
 
     @property
+    def serves_shards(self) -> bool:
+        """Return that gradients are all it takes."""
+        return True
+
+    @property
     def differentiates_optimizer(self) -> bool:
         """Return that only the weight decay is read."""
         return False

@@ -32,6 +32,11 @@ class Reptile(Method):
     """
 
     @property
+    def serves_shards(self) -> bool:
+        """Return that gradients are all it takes."""
+        return True
+
+    @property
     def second_order(self) -> bool:
         """Return that none are taken."""
         return False

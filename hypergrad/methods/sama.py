@@ -62,6 +62,11 @@ class SAMA(ResponseMethod):
         check_number("SAMA", "epsilon", self.epsilon)
 
     @property
+    def serves_shards(self) -> bool:
+        """Return that gradients are all it takes."""
+        return True
+
+    @property
     def fixed_point(self) -> Literal["ignore"]:
         """Return that the run must end at a fixed point; decoupled decay is left out."""
         return "ignore"

@@ -104,6 +104,11 @@ class Unrolled(ResponseMethod):
         """Return whether any are taken: first-order MAML takes none."""
         return self.truncate != 0
 
+    @property
+    def serves_shards(self) -> bool:
+        """Return whether gradients are all it takes: those of first-order MAML."""
+        return not self.second_order
+
     def recording(self, num_steps: int) -> Recording:
         """Return which states and tapes of a run of `num_steps` the sweep reads."""
         window = num_steps if self.truncate is None else min(self.truncate, num_steps)

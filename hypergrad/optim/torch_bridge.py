@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from hypergrad._flat import Layout
+from hypergrad._shards import held, is_shard
 from hypergrad.optim._algebra import Scalar
 from hypergrad.optim.adadelta import Adadelta
 from hypergrad.optim.adagrad import Adagrad
@@ -290,7 +291,7 @@ def read_state(optimizer: torch.optim.Optimizer, bound: Bound, params: Mapping[s
         return tuple(
             _read_group(
                 rule,
-                [(params[name], cast(dict[str, Any], optimizer.state.get(params[name], {}))) for name in names],
+                [_held(params[name], cast(dict[str, Any], optimizer.state.get(params[name], {}))) for name in names],
                 bound.layout.dtype,
                 bound.layout.device,
             )
@@ -319,6 +320,13 @@ def _read_group(
         ]
         state[key] = torch.cat(pieces).to(device, dtype) if pieces else initial.new_empty(0)
     return state
+
+
+def _held(param: Tensor, state: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    """Return what this process holds of a parameter and of its state."""
+    if not is_shard(param):
+        return param, state
+    return held(param), {key: held(value) if isinstance(value, Tensor) else value for key, value in state.items()}
 
 
 def _flat(value: Any, param: Tensor) -> Tensor:

@@ -166,7 +166,7 @@ def start(op: Operator, b: Tensor, x0: Tensor | None, *, rtol: float, atol: floa
     The solve stops when norm(b - A x) <= max(rtol * norm(b), atol). The tolerance is never below eps^2 times
     the first residual: a recurrence that falls further says nothing about x.
     """
-    b_scale = torch.linalg.vector_norm(b, float("inf")) if b.numel() else b.new_zeros(())
+    b_scale = largest(b)
     finite = b_scale < float("inf")
     b_unit = torch.where(b_scale > 0, b_scale, 1.0)
     b_norm = torch.linalg.vector_norm(b / b_unit) * b_unit
@@ -175,8 +175,8 @@ def start(op: Operator, b: Tensor, x0: Tensor | None, *, rtol: float, atol: floa
     else:
         x = torch.where(b_scale > 0, x0, 0.0)
         r = b - op.mv(x)
-        r_scale = torch.linalg.vector_norm(r, float("inf")) if b.numel() else b.new_zeros(())
-        usable = (r_scale < float("inf")) & torch.isfinite(x).all()
+        r_scale = largest(r)
+        usable = torch.maximum(r_scale, largest(x)) < float("inf")
         finite = finite & usable
         x, num_products = torch.where(usable, x, 0.0), 1
         scale = torch.where(usable, r_scale, b_scale)
@@ -205,7 +205,7 @@ def finish(
     """
     device = d.device
     x = torch.addcmul(begun.x, d, begun.scale)
-    whole = torch.isfinite(x).all()
+    whole = largest(x) < float("inf")
     x = torch.where(whole, x, begun.x)
     return Solution(
         x=x,
@@ -214,6 +214,11 @@ def finish(
         num_products=count(begun.num_products + num_products, device),
         residual_norm=torch.where(begun.finite, residual_norm * begun.scale, begun.b_norm),
     )
+
+
+def largest(vector: Tensor) -> Tensor:
+    """Return the largest absolute entry: 0 of none, NaN where one is; below infinity only if all are finite."""
+    return torch.linalg.vector_norm(vector, float("inf")) if vector.numel() else vector.new_zeros(())
 
 
 def room(vector: Tensor, other: Tensor) -> Tensor | None:
@@ -227,7 +232,7 @@ def room(vector: Tensor, other: Tensor) -> Tensor | None:
 
 def choose(condition: Tensor, yes: Result | Tensor, no: Result | Tensor) -> Tensor:
     """Return the code `yes` where `condition` holds, else `no`, as a 0-dim int64 tensor."""
-    codes = [code.tensor(condition.device) if isinstance(code, Result) else code for code in (yes, no)]
+    codes = [int(code) if isinstance(code, Result) else code for code in (yes, no)]
     return torch.where(condition, codes[0], codes[1])
 
 

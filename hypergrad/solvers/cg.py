@@ -133,7 +133,7 @@ class CG(Solver):
             live = torch.where(moved & (rr > tol_squared), rho, zero)
 
         # After a breakdown p stays as it was, so the last curvature is the one that broke the recurrence.
-        broken = choose(curvature.isfinite() & rr.isfinite(), Result.NEGATIVE_CURVATURE, Result.NON_FINITE)
+        broken = choose(curvature.abs() + rr < float("inf"), Result.NEGATIVE_CURVATURE, Result.NON_FINITE)
         stopped = choose(live != 0, Result.MAX_STEPS, broken)
         result = choose(rr <= tol_squared, Result.SUCCESS, stopped)
         num_steps = torch.stack(moves).sum() if moves else 0

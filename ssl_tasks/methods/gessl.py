@@ -71,7 +71,8 @@ class GeSSL(System):
         lead: s, how many updates the target is ahead.
         split: whether query views are others than the support's.
         temperature: of pi, and of the softplus in L_disc.
-        mix: weight of L_ssl on the query in the target variant: sigma alone is smallest for a collapsed model.
+        mix: weight of L_ssl on the query in the target variant: sigma alone is smallest for a collapsed model. 5 was
+            better than 1 on held-out tasks of seeds 0 and 1.
         guidance: eta, weight of L_disc.
         width: of the auxiliary network's hidden layer.
         proximal: weight of half the squared distance to f in the inner loss.
@@ -98,7 +99,7 @@ class GeSSL(System):
     lead: int = 3
     split: bool = True
     temperature: float = 0.1
-    mix: float = 1.0
+    mix: float = 5.0
     guidance: float = 1.0
     width: int = 32
     proximal: float = 0.0

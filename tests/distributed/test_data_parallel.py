@@ -64,15 +64,14 @@ def test_every_method_over_twenty_steps(size: int, name: str, monkeypatch: pytes
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4])
-def test_every_method_in_float32(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", CASES)
+def test_every_method_in_float32(size: int, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hg.Engine, "__init__", _distributed(hg.Engine.__init__))
-    names = list(CASES)
-    several = run_ranks(size, _run_all, names, 20, torch.float32)
-    alone = _run_all(names, 20, torch.float32, distributed=False)
-    for name in names:
-        gaps = ec.gap(several[0][name], alone[name])
-        assert gaps[0] <= FLOAT32.get(name, 1e-5), (name, gaps[0])
-        assert max(gaps) <= max(1e-3, FLOAT32.get(name, 0.0)), (name, max(gaps))
+    several = run_ranks(size, _run_all, [name], 20, torch.float32)
+    alone = _run_all([name], 20, torch.float32, distributed=False)
+    gaps = ec.gap(several[0][name], alone[name])
+    assert gaps[0] <= FLOAT32.get(name, 1e-5), gaps[0]
+    assert max(gaps) <= max(1e-3, FLOAT32.get(name, 0.0)), max(gaps)
 
 
 def _count(methods: list[str]) -> dict[str, list[int]]:
@@ -234,32 +233,6 @@ def test_what_is_refused() -> None:
         assert "distributed must be None, True, False or a torch.distributed process group, got 'yes'" in messages[2]
         assert "built another module than rank" in messages[3]
         assert "tasks=3 do not divide among 2 ranks" in messages[4]
-
-
-def _sharded() -> str:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    net = nn.Linear(4, 4)
-    fully_shard(net, mesh=init_device_mesh("cpu", (2,)))
-    problem = hg.Problem(
-        "net",
-        module=net,
-        loss=lambda models, x: models.net(x).square().mean(),
-        optimizer=torch.optim.SGD(net.parameters(), lr=0.1),
-        data=[torch.ones(2, 4)],
-    )
-    try:
-        hg.Engine([problem], distributed=True)
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
-def test_sharded_parameters_are_refused_with_the_alternative() -> None:
-    for message in run_ranks(2, _sharded):
-        assert "problem 'net': 'weight' is a shard (DTensor, of fully_shard)" in message
-        assert "Engine(distributed=True), and save memory by micro_batches=" in message
 
 
 def test_refusals_of_one_process() -> None:

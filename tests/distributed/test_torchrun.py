@@ -27,6 +27,40 @@ with open(sys.argv[1] + os.environ["RANK"], "w") as file:
 """
 
 
+@pytest.mark.slow
+def test_the_bissl_example_under_torchrun_is_the_command_unchanged(tmp_path: Path) -> None:
+    """Two processes share every batch; the first writes, in the same format as a process by itself."""
+    command = ["-m", "ssl_tasks", "bissl", "--preset", "tiny", "--seeds", "1", "--method", "cg", "one-step"]
+    environment = os.environ | {"PYTHONPATH": str(HERE.parent.parent), "OMP_NUM_THREADS": "1"}
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    found = []
+    for name, arguments in (("two", [*launcher, *command]), ("one", command)):
+        out = tmp_path / name
+        done = subprocess.run(
+            [sys.executable, *arguments, "--out", str(out)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=500,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.stdout.count("written: ") == 1
+        assert sorted(p.name for p in out.iterdir() if p.name != "tensorboard") == [
+            "backbones",
+            "figure.png",
+            "results.json",
+            "seeds",
+        ]
+        found.append(json.loads((out / "results.json").read_text())["rows"])
+    two, one = found
+    assert [(row["arm"], set(row["measures"])) for row in two] == [(row["arm"], set(row["measures"])) for row in one]
+    for ours, theirs in zip(two, one, strict=True):
+        if not ours["arm"].startswith("BiSSL"):  # no engine in it: every process does the same
+            assert ours["measures"] == theirs["measures"]
+        assert all(value == value for value in ours["measures"].values())
+
+
 @pytest.mark.slow  # three interpreters start
 def test_a_script_under_torchrun_is_data_parallel(tmp_path: Path) -> None:
     script, out = tmp_path / "script.py", tmp_path / "rank"

@@ -437,3 +437,15 @@ def test_a_state_of_another_engine_is_refused_and_nothing_changes() -> None:
     with pytest.raises(ValueError, match=r"'up': the state was saved from another module.*weight"):
         engine.load_state_dict(wide)
     assert all(torch.equal(v, before[k]) for k, v in world.net.state_dict().items())
+
+
+def test_an_embedding_that_rescales_its_rows_is_refused_by_name() -> None:
+    """Its in-place renormalisation would raise torch's own error in mid-run, about views and versions."""
+    table = nn.Sequential(nn.Embedding(4, 3, max_norm=1.0), nn.Linear(3, 1))
+    options = {
+        "module": table,
+        "loss": lambda m, x: (m.net(torch.arange(4)) - m.up(x[:4])).square().mean(),
+        "optimizer": torch.optim.SGD(table.parameters(), lr=0.1),
+    }
+    with pytest.raises(ValueError, match=r"problem 'net': its module '0' has max_norm=1.0, which rescales rows"):
+        World().pair(low=options)
