@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from hypergrad._flat import Layout, Params
 from hypergrad._functional import Loss
 from hypergrad._random import RandomState, random_state, same_state
 from hypergrad._shards import held, held_params, is_shard
+from hypergrad._stacked import summed
 from hypergrad._tape import second_order
 from hypergrad.averaged import Averaged
 from hypergrad.composite import Composite
@@ -41,6 +43,11 @@ class Surrounded:
     """The runs of the lower levels that respond."""
     constants: Params
     """The variables of problems that it sees as constants and that move on before its run is differentiated."""
+
+
+pytree.register_pytree_node(
+    Surrounded, lambda s: ([s.batch, s.records, s.constants], None), lambda values, _: Surrounded(*values)
+)
 
 
 class Runner:
@@ -98,6 +105,8 @@ class Runner:
         }
         self.leaves = {(self.name, key): p for key, p in self.variables.items()} | self.watched
         self.moving = self.graph.moving(self.name)
+        self.pure_loss = self._functional(self.problem.loss)
+        self.summed_loss = summed(self.pure_loss)
         self.loss = self._as_loss(self.problem.loss)
         response = self.problem.response
         self.response = None if response is None else self._as_loss(response)

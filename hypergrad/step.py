@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hypergrad._autograd import by_autograd, is_connected, leaf, underlying
-from hypergrad._compiled import Compile, compiled_gradient
+from hypergrad._compiled import Compile, compiled_gradient, to_compile
 from hypergrad._flat import Layout, Params, constant
 from hypergrad._functional import Loss, Residual, arity, in_transform, scalar, second_name
 from hypergrad._random import RandomState, replaying
@@ -103,10 +103,14 @@ class Step:
         return self.versions == versions(self.leaves[1])
 
     def advance(
-        self, flat: Tensor, states: States, upper: Params, *, create_graph: bool = False
+        self, flat: Tensor, states: States, upper: Params, *, create_graph: bool = False, compile: Compile = False
     ) -> tuple[Tensor, States]:
         """Return what this step makes of (flat, states): the step map, differentiable with `create_graph`."""
-        grad = self.gradient(flat, upper, create_graph=create_graph)
+        if compile and not create_graph:
+            with torch.no_grad():
+                grad = self._compiled_gradient(flat, upper, compile)
+        else:
+            grad = self.gradient(flat, upper, create_graph=create_graph)
         if create_graph:
             return self.recipe.update(flat, grad, states, upper, self.index)
         with torch.no_grad():
@@ -188,6 +192,9 @@ class Step:
     def _taped_gradient(self, flat: Tensor, upper: Params, compile: Compile) -> Tensor:
         if not compile:
             return self.gradient(flat, upper, create_graph=True)
+        return self._compiled_gradient(flat, upper, compile)
+
+    def _compiled_gradient(self, flat: Tensor, upper: Params, compile: Compile) -> Tensor:
         recipe = self.recipe
         return compiled_gradient(
             recipe.loss, flat, upper, [self.batch], layout=recipe.layout, constants={}, compile=compile
@@ -254,6 +261,8 @@ class Recording:
     first: int = 0
     every: int = 1
     taped_from: int | None = None
+    compile: Compile = False
+    """Whether the gradients of the run are compiled, taped or not."""
 
     def keeps(self, index: int, num_steps: int) -> bool:
         """Return whether step `index` of `num_steps` keeps its parameters and optimizer state."""
@@ -271,15 +280,16 @@ def take(
     if recording.keeps(step.index, num_steps):
         step = replace(step, flat=flat, states=states)
     live = replace(step, random=None)
+    compile = to_compile("Recording", recording.compile)
     if recording.tapes(step.index) and by_autograd():
         point, leaves = leaf(flat), {name: leaf(u) for name, u in upper.items()}
         with second_order():
-            taped = live.gradient(point, leaves, create_graph=True)
+            taped = live._taped_gradient(point, leaves, compile)
         step = replace(step, flat=flat, states=states, taped=taped, leaves=(point, leaves), versions=versions(leaves))
         with torch.no_grad():
             flat, states = step.recipe.update(flat, taped.detach(), states, upper, step.index)
     else:
-        flat, states = live.advance(flat, states, upper)
+        flat, states = live.advance(flat, states, upper, compile=compile)
     if in_transform():
         flat, states = constant(flat), with_tensors(states, [constant(t) for t in state_tensors(states)])
     return step, flat, states

@@ -1,7 +1,8 @@
-"""Many independent copies of a lower problem, run and differentiated under one vmap.
+"""Many independent copies of a lower problem, run and differentiated together.
 
 Each task is one pure function: run the lower problem from its start, evaluate the reader's loss at its end, pull the
-cotangent back by the method. `torch.vmap` runs `chunk` of them at a time; the gradients are averaged.
+cotangent back by the method. `torch.vmap` runs `chunk` of them at a time; the gradients are averaged. Where the method
+allows it the tasks are one lower problem instead (see `stacked_tasks`), which spares the transform's dispatch.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -19,16 +21,19 @@ from hypergrad._autograd import grads, leaf
 from hypergrad._flat import Params
 from hypergrad._random import random_state, restore_random_state
 from hypergrad._result import Result
+from hypergrad._stacked import leading
 from hypergrad._tape import add
 from hypergrad.distributed import Ranks, Signals
 from hypergrad.methods import Reptile, ResponseMethod
 from hypergrad.network import Network, own
 from hypergrad.problem import Problem, loss_value
-from hypergrad.runner import Runner
+from hypergrad.runner import Runner, Surrounded
+from hypergrad.stacked_tasks import can_stack, stacked_outcome
 from hypergrad.trajectory import Trajectory, descend
 
 Outcome = dict[str, Any]
 OneTask = Callable[[Params, Params, Any, Any], Outcome]
+Together = Callable[[Params, Params, Any, Any, int], Outcome]
 
 
 def run_tasks(
@@ -61,8 +66,10 @@ def run_tasks(
     buffers = _stacked_buffers([top, *members], count)
     one = _one_task(network, top, members)
 
+    together = partial(stacked_outcome, network, top, members) if can_stack(members) else None
+
     def run(size: int) -> Outcome:
-        return _run(one, (upper, buffers, batch, lower_batches), count, size)
+        return _run(one, together, (upper, buffers, batch, lower_batches), count, size)
 
     if chunk is None:
         chunk = _fastest(run, count, top)
@@ -149,14 +156,6 @@ def _descend(network: Network, member: Runner, upper: Params, constants: Params,
     """Return the record of one task's run, from its start or from the module's own parameters."""
     problem = member.problem
 
-    def loss(lower: Params, u: Params, batch: Any) -> Tensor:
-        value: Tensor = network.call(
-            lambda models: loss_value(problem.loss, models, batch, problem.name)[0],
-            own(problem.name, lower) | u | constants,
-            reader=problem.name,
-        )
-        return value
-
     def start(u: Params) -> Params:
         values = member.start_values(u | constants)
         return {key: values[key] for key in member.used}
@@ -166,11 +165,11 @@ def _descend(network: Network, member: Runner, upper: Params, constants: Params,
 
     method = problem.method
     return descend(
-        loss,
+        member.pure_loss,
         {key: p.detach() for key, p in member.used.items()},
         upper,
         optimizer=member.bound,
-        batches=batches,
+        batches=[Surrounded(batch, {}, constants) for batch in batches],
         start=None if problem.start is None else start,
         hyper={name: function_of(function) for name, function in problem.hyper.items()},
         clip_norm=problem.clip_norm,
@@ -180,30 +179,45 @@ def _descend(network: Network, member: Runner, upper: Params, constants: Params,
     )
 
 
-def _run(one: OneTask, inputs: tuple[Params, Params, Any, Any], count: int, chunk: int) -> Outcome:
+def _run(
+    one: OneTask, together: Together | None, inputs: tuple[Params, Params, Any, Any], count: int, chunk: int
+) -> Outcome:
     """Return the mean outcome, the worst code, over all tasks, `chunk` at a time."""
     upper, *rest = inputs
-    device = next(iter(upper.values())).device
+    outcomes: list[Outcome] = []
     if chunk == 1:
-        outcomes = []
+        device = next(iter(upper.values())).device
         for task in range(count):  # a run leaves the generators as it found them, so each task gets a seed of its own
             seed = int(torch.randint(2**62, ()))
             present = random_state(device)
             torch.manual_seed(seed)
             outcomes.append(one(upper, *(_index(part, task) for part in rest)))
             restore_random_state(present)
-        stacked = pytree.tree_map(lambda *values: torch.stack(values), *outcomes)
-    else:
-        in_dims = (None, *(pytree.tree_map(lambda x: 0 if isinstance(x, Tensor) else None, part) for part in rest))
-        size = None if chunk >= count else chunk
-        stacked = torch.vmap(one, in_dims=in_dims, chunk_size=size, randomness="different")(upper, *rest)
-    mean: Outcome = {
-        "grad": {name: g.mean(0) for name, g in stacked["grad"].items()},
-        "value": stacked["value"].mean(),
-        "metrics": {name: (m if m.is_floating_point() else m.float()).mean() for name, m in stacked["metrics"].items()},
-        "code": stacked["code"].max(),
+        return _mean([_summed(pytree.tree_map(lambda *values: torch.stack(values), *outcomes))], count)
+    if together is not None:
+        for at in range(0, count, chunk):
+            buffers, batch, lower_batches = (_index(part, slice(at, at + chunk)) for part in rest)
+            outcomes.append(together(upper, buffers, batch, lower_batches, min(chunk, count - at)))
+        return _mean(outcomes, count)
+    size = None if chunk >= count else chunk
+    each = torch.vmap(one, in_dims=(None, *map(leading, rest)), chunk_size=size, randomness="different")
+    return _mean([_summed(each(upper, *rest))], count)
+
+
+def _summed(stacked: Outcome) -> Outcome:
+    """Return the outcome of several tasks with their gradients added up."""
+    return stacked | {"grad": {name: g.sum(0) for name, g in stacked["grad"].items()}, "code": stacked["code"].max()}
+
+
+def _mean(parts: Sequence[Outcome], count: int) -> Outcome:
+    """Return the mean over all tasks of the outcomes of parts of them, and the worst code."""
+    metrics = {name: torch.cat([part["metrics"][name] for part in parts]) for name in parts[0]["metrics"]}
+    return {
+        "grad": {name: g / count for name, g in reduce(add, [part["grad"] for part in parts]).items()},
+        "value": torch.cat([part["value"] for part in parts]).mean(),
+        "metrics": {name: (m if m.is_floating_point() else m.float()).mean() for name, m in metrics.items()},
+        "code": torch.stack([part["code"] for part in parts]).max(),
     }
-    return mean
 
 
 def _fastest(run: Callable[[int], Outcome], count: int, top: Runner) -> int:
@@ -242,7 +256,7 @@ def _stacked_buffers(runners: Sequence[Runner], count: int) -> Params:
     }
 
 
-def _index(part: Any, task: int) -> Any:
+def _index(part: Any, task: int | slice[int, int, None]) -> Any:
     return pytree.tree_map(lambda x: x[task] if isinstance(x, Tensor) else x, part)
 
 

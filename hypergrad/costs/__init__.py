@@ -1,5 +1,6 @@
 """What methods will cost on a problem, before they run."""
 
-from hypergrad.costs.estimate import Cost, Estimate, Estimates, estimate
+from hypergrad.costs._table import Cost, Estimate, Estimates
+from hypergrad.costs.estimate import estimate
 
 __all__ = ["Cost", "Estimate", "Estimates", "estimate"]

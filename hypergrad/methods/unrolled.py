@@ -47,10 +47,11 @@ class Unrolled(ResponseMethod):
             record must be made for it: `descend(..., recording=method.recording(K))`; the engine does.
         retain: the fraction of steps, the last ones, whose tape is kept from the run, so that the sweep need not
             evaluate their gradient again; recorded likewise. Time against memory.
-        compile: compile the gradient that each step of the sweep evaluates, and its derivative: True, or the name of a
-            backend of `torch.compile`; one compilation for all steps. The optimizer's update stays eager, for its step
-            count is a Python number that would compile anew each time. The loss must draw no random numbers; `retain`
-            keeps eager tapes instead, so choose one of the two. Derivatives of the rule itself stay eager.
+        compile: compile the gradient of a step, and its derivative: True, or the name of a backend of
+            `torch.compile`; one compilation for all steps, of all tasks where an engine runs many. The sweep uses it,
+            and the run too where the record is made for it, taped (`retain`) or not. The optimizer's update stays
+            eager, for its step count is a Python number that would compile anew each time. The loss must draw no random
+            numbers. Derivatives of the rule itself stay eager.
 
     Raises:
         ValueError: for options out of range; for `solved`, where there is no run.
@@ -93,11 +94,6 @@ class Unrolled(ResponseMethod):
             "a fraction from 0 to 1",
         )
         check_option(isinstance(self.compile, bool | str), "Unrolled", "compile", self.compile, COMPILE)
-        if self.compile and self.retain:
-            raise ValueError(
-                f"Unrolled: compile={self.compile!r} compiles the gradients that the sweep evaluates, and "
-                f"retain={self.retain} keeps eager tapes in their place. Leave one of them out."
-            )
 
     @property
     def second_order(self) -> bool:
@@ -114,7 +110,7 @@ class Unrolled(ResponseMethod):
         window = num_steps if self.truncate is None else min(self.truncate, num_steps)
         every = math.isqrt(max(window, 1)) if self.checkpoint == "sqrt" else self.checkpoint or 1
         taped = round(self.retain * window)
-        return Recording(num_steps - window, max(every, 1), num_steps - taped if taped else None)
+        return Recording(num_steps - window, max(every, 1), num_steps - taped if taped else None, self.compile)
 
     def vjp(self, trajectory: Trajectory, upper: Params, cotangent: Tensor, state: Tensor | None = None) -> Pulled:
         """Return the cotangent of `upper` swept back through the run."""

@@ -1,0 +1,134 @@
+"""Many tasks as one lower problem: their parameters side by side in one vector, their losses added up.
+
+Tasks do not depend on one another, so one run of the sum is the run of each, and one sweep back through it the sum of
+their sweeps. That holds for methods that treat every parameter by itself, as unrolling does, and not for those that
+take norms or inner products over a task's parameters. Only the losses run under `torch.vmap`; what surrounds them costs
+what it does for a single task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hypergrad._autograd import grads, leaf
+from hypergrad._flat import Layout, Params
+from hypergrad._result import Result
+from hypergrad._stacked import leading
+from hypergrad._tape import add
+from hypergrad.methods import Unrolled
+from hypergrad.network import Network, own
+from hypergrad.optim import Bound
+from hypergrad.problem import loss_value
+from hypergrad.runner import Runner, Surrounded
+from hypergrad.trajectory import Trajectory, descend
+
+Outcome = dict[str, Any]
+
+
+def can_stack(members: Sequence[Runner]) -> bool:
+    """Return whether the tasks of these problems may be run as one lower problem."""
+    problems = [member.problem for member in members]
+    return all(p.clip_norm is None and (not p.responds or isinstance(p.method, Unrolled)) for p in problems) and not (
+        len(problems) > 1 and any(p.hyper for p in problems)  # values that may differ between tasks
+    )
+
+
+def stacked_outcome(
+    network: Network,
+    top: Runner,
+    members: Sequence[Runner],
+    upper: Params,
+    buffers: Params,
+    batch: Any,
+    lower_batches: Mapping[str, list[Any]],
+    count: int,
+) -> Outcome:
+    """Return the gradient summed over `count` tasks, with the values and metrics of each.
+
+    Args:
+        network: evaluates losses.
+        top: the problem whose loss runs per task.
+        members: the problems with tasks that it reads, in order; `can_stack` holds of them.
+        upper: the variables of `top`.
+        buffers: of all these problems, one for each task.
+        batch: the reader's batch.
+        lower_batches: for each member one batch per own step.
+        count: how many tasks buffers and batches lead with.
+    """
+    records: dict[str, Trajectory] = {}
+    ends: Params = {}
+    for member in members:
+        records[member.name] = _descend(network, member, upper, buffers | ends, lower_batches[member.name], count)
+        ends = ends | own(member.name, records[member.name].end)
+
+    def value_of_one(at: Mapping[str, Params], u: Params, constants: Params, part: Any) -> tuple[Tensor, Params]:
+        overrides = u | constants
+        for name, end in at.items():
+            overrides = overrides | own(name, end)
+        value, found = network.call(
+            lambda models: loss_value(top.problem.loss, models, part, top.name), overrides, reader=top.name
+        )
+        return value, {k: torch.as_tensor(m, device=value.device).detach() for k, m in found.items()}
+
+    with torch.enable_grad():
+        flats = {name: leaf(record.end_flat) for name, record in records.items()}
+        leaves = {name: leaf(u) for name, u in upper.items()}
+        at = {name: record.named(flats[name]) for name, record in records.items()}
+        dims = (0, None, 0 if buffers else None, leading(batch))
+        values, metrics = torch.vmap(value_of_one, in_dims=dims, randomness="different")(at, leaves, buffers, batch)
+        slopes = dict(zip([*flats, *leaves], grads([values.sum()], [*flats.values(), *leaves.values()]), strict=True))
+    grad = {name: torch.zeros_like(u) if (g := slopes[name]) is None else g for name, u in leaves.items()}
+    for member in members:
+        method, cotangent = member.problem.method, slopes[member.name]
+        if member.problem.responds and isinstance(method, Unrolled) and cotangent is not None:
+            grad = add(grad, method.vjp(records[member.name], upper, cotangent).grad)
+    code = Result.SUCCESS.tensor(values.device)
+    return {"grad": grad, "value": values.detach(), "metrics": metrics, "code": code}
+
+
+def _descend(
+    network: Network, member: Runner, upper: Params, constants: Params, batches: Sequence[Any], count: int
+) -> Trajectory:
+    """Return the record of all tasks' runs, from their start or from the module's own parameters."""
+    problem, used, bound = member.problem, member.used, member.bound
+    template = {key: p.detach().expand(count, *p.shape) for key, p in used.items()}
+
+    def start(u: Params) -> Params:
+        def of_one(constants: Params) -> Params:
+            values = member.start_values(u | constants)
+            return {key: values[key] for key in used}
+
+        if constants:
+            begun: Params = torch.vmap(of_one)(constants)
+            return begun
+        return {key: value.expand(count, *value.shape) for key, value in of_one({}).items()}
+
+    def project(params: Params) -> Params:
+        projected: Params = torch.vmap(member.project)(params)
+        return projected
+
+    def function_of(function: Callable[[Any], Any]) -> Callable[[Params], Any]:
+        def value(u: Params) -> Any:
+            found = network.call(function, u, reader=problem.name)
+            one_each = isinstance(found, Tensor) and found.numel() > 1
+            return bound.layout.unravel(found) if one_each else found  # by name it broadcasts to all tasks
+
+        return value
+
+    method = problem.method
+    return descend(
+        member.summed_loss,
+        template,
+        upper,
+        optimizer=Bound(bound.groups, Layout.of(template, names=bound.names)),
+        batches=[Surrounded(batch, {}, constants) for batch in batches],
+        start=None if problem.start is None else start,
+        hyper={name: function_of(function) for name, function in problem.hyper.items()},
+        clip_value=problem.clip_value,
+        project=None if problem.project is None else project,
+        recording=None if method is None else method.recording(len(batches)),
+    )
