@@ -140,6 +140,14 @@ STEP: dict[str, tuple[int, int]] = {  # gradients and products that send a lower
 }
 
 
+SHARD_STEP: dict[str, int] = {  # forward and backward passes through everything
+    "FiniteDifference() on shards": STEPS + 3,  # the outer gradient and both ends of the difference
+    "SAMA() on shards": STEPS + 4,
+}
+GATHERED = 1.5
+"""What a pass sends on shards over what an all-reduce does: parameters gathered twice, gradients scattered once."""
+
+
 def main() -> int:
     """Print both tables as Markdown."""
     print(f"| method | all-reduces an upper step ({STEPS} lower steps) | lower vectors sent | peak growth, vectors |")
@@ -152,6 +160,11 @@ def main() -> int:
             for cluster in CLUSTERS:
                 compute, talk = seconds(cluster, parameters, gradients, products)
                 print(f"| `{name}` | {parameters:.0e} | {cluster.ranks} | {compute:.2f} | {talk:.2f} |")
+    for name, passes in SHARD_STEP.items():
+        for parameters in (1e8, 1e10):
+            for cluster in CLUSTERS:
+                compute, talk = seconds(cluster, parameters, passes, 0)
+                print(f"| `{name}` | {parameters:.0e} | {cluster.ranks} | {compute:.2f} | {GATHERED * talk:.2f} |")
     return 0
 
 
