@@ -114,9 +114,9 @@ def compiled_gradient(
             grad = found.compiled(*arguments)
         except TorchDynamoException as error:
             raise ValueError(_refusal(str(error))) from error
-        if right is None:
+        inputs = [x for x in (part, *upper.values()) if x.requires_grad]
+        if right is None and inputs and grad.requires_grad:
             eager = found.eager(*arguments)
-            inputs = [x for x in (part, *upper.values()) if x.requires_grad]
             found.right[variant] = agrees(grad, eager, inputs, compile=compile)
             if not found.right[variant]:
                 grad = eager
