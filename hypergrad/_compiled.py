@@ -20,6 +20,7 @@ from torch._functorch import config as functorch_config
 from torch.utils import _pytree as pytree
 
 from hypergrad._compiled_check import agrees
+from hypergrad._eager import compiled_again
 from hypergrad._flat import Layout, Params
 from hypergrad._functional import Loss, Residual, in_transform, scalar
 from hypergrad._random import RandomState, random_state, restore_random_state
@@ -111,7 +112,8 @@ def compiled_gradient(
         if right is False:
             return found.eager(*arguments)
         try:
-            grad = found.compiled(*arguments)
+            with compiled_again():
+                grad = found.compiled(*arguments)
         except TorchDynamoException as error:
             raise ValueError(_refusal(str(error))) from error
         inputs = [x for x in (part, *upper.values()) if x.requires_grad]

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hypergrad._autograd import by_autograd, grads, is_connected, leaf, underlying
+from hypergrad._eager import eagerly, is_eager
 from hypergrad._flat import Params
 from hypergrad._functional import Residual, in_transform
 
@@ -30,10 +31,22 @@ _CHUNK = 64
 
 
 def second_order() -> contextlib.AbstractContextManager[Any]:
-    """Return a context in which attention uses its math kernel, the only one that has a second derivative."""
-    if not torch.compiler.is_compiling() and not any(enabled() for enabled in _KERNELS):
+    """Return a context for what will be differentiated twice: what lacks a second derivative is not chosen there.
+
+    Attention uses its math kernel, and what `torch.compile` has compiled runs eagerly: autograd may leave a compiled
+    function's second derivative out of a sum without a word.
+    """
+    if torch.compiler.is_compiling():
+        return sdpa_kernel(SDPBackend.MATH)
+    if is_eager() and not any(enabled() for enabled in _KERNELS):
         return contextlib.nullcontext()  # inside another such context, which costs something to enter
-    return sdpa_kernel(SDPBackend.MATH)
+    return _second_order()
+
+
+@contextlib.contextmanager
+def _second_order() -> Iterator[None]:
+    with sdpa_kernel(SDPBackend.MATH), eagerly():
+        yield
 
 
 _KERNELS: tuple[Callable[[], bool], ...] = (

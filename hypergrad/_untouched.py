@@ -9,18 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hypergrad._eager import eagerly
 from hypergrad._random import random_state, restore_random_state
 
 
 @contextlib.contextmanager
 def untouched(device: torch.device) -> Iterator[None]:
-    """Leave the generators, and the buffers and modes of every module that the body calls, as they were found."""
+    """Leave the generators, and the buffers and modes of every module that the body calls, as they were found.
+
+    What has been compiled runs eagerly in the body: the hooks that watch modules would be compiled with them, and a
+    compiled function has no second derivative.
+    """
     if torch.compiler.is_compiling():
         yield
         return
     state = random_state(device, anew=True)
     try:
-        with _StandIns(), _modes_restored():
+        with _StandIns(), _modes_restored(), eagerly():
             yield
     finally:
         restore_random_state(state)
@@ -115,6 +120,11 @@ class RunsOnClones(nn.Module):
 
     A compiled call finds the same buffers each time then, and is not compiled again.
     """
+
+
+def is_watching() -> bool:
+    """Return whether modules are being watched: our hooks are called around each."""
+    return bool(_open)
 
 
 _open: list[_StandIns] = []

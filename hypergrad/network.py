@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from hypergrad._eager import is_compiled, modules_eagerly
 from hypergrad._flat import Params
 from hypergrad._shards import held
-from hypergrad._untouched import RunsOnClones
+from hypergrad._untouched import RunsOnClones, is_watching
 from hypergrad.problem import Problem
 
 Function = Callable[[Any], Any]
@@ -170,7 +171,10 @@ class Network:
 
 
 def _evaluate(view: _View, function: Function, overrides: Params, owner: str | None) -> Any:
-    """Return function(models) with `overrides` in place, modes and foreign buffers as before."""
+    """Return function(models) with `overrides` in place, modes and foreign buffers as before.
+
+    Compiled modules run compiled as they stand, and eagerly with overrides: those come with second derivatives.
+    """
     values: Params = {}
     for name, tensor in overrides.items():
         for path in view.paths.get(name, ()):
@@ -183,7 +187,9 @@ def _evaluate(view: _View, function: Function, overrides: Params, owner: str | N
                 if id(buffer) not in clones:
                     clones[id(buffer)] = buffer.clone()
                 values[path] = clones[id(buffer)]
-    with _same_modes(view.modules):
+    special = not torch.compiler.is_compiling() and (overrides or is_watching())
+    eager = special and is_compiled(view.modules)
+    with _same_modes(view.modules), modules_eagerly() if eager else contextlib.nullcontext():
         if not values:
             return function(view.models)
         return functional_call(view.models, values, (function,), tie_weights=False)

@@ -15,6 +15,7 @@ LAYERS: dict[str, float] = {
     "_autograd": 0,
     "_functional": 0,
     "_random": 0,
+    "_eager": 0,
     "_untouched": 0,
     "_shards": 0,
     "_tape": 0,
