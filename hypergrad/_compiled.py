@@ -184,11 +184,9 @@ class _Compiled:
         self.right: dict[tuple[Any, ...], bool] = {}
         """By variant, whether the compiled derivative was found to be the eager one."""
         self.eager: Callable[..., Tensor] = gradient
+        how: dict[str, Any] = {"backend": compile} if isinstance(compile, str) else _DEFAULT
         self.compiled: Callable[..., Tensor] = torch.compile(
-            _of_its_own(gradient),
-            fullgraph=True,
-            dynamic=False,
-            **({"backend": compile} if isinstance(compile, str) else _DEFAULT),
+            _of_its_own(gradient), fullgraph=True, dynamic=False, **how
         )
 
 

@@ -180,6 +180,19 @@ ROWS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: hg.Implicit(hg.Exact(), warm_start=True),
         "warm_start=True has no effect with Exact",
     ),
+    "a negative number of directions": (lambda: hg.Implicit(hg.CG(), recycle=-1), "recycle must be an int >= 0"),
+    "directions of another solver": (
+        lambda: hg.Implicit(hg.GMRES(), recycle=4),
+        "needs an hg.CG without a preconditioner of its own, got GMRES",
+    ),
+    "directions beside a preconditioner": (
+        lambda: hg.Implicit(hg.CG(preconditioner=hg.solvers.HutchinsonDiagonal()), recycle=4),
+        "without a preconditioner of its own, got .*HutchinsonDiagonal",
+    ),
+    "a state of another number of directions": (
+        lambda: gradient(method=hg.Implicit(hg.CG(), recycle=2), state=torch.zeros(2)),
+        r"state has shape \(2,\), this solve needs \(5, 2\)",
+    ),
     "a state without warm start": (lambda: gradient(state=torch.zeros(2)), "warm_start is False"),
     "a state of a wrong shape": (
         lambda: gradient(method=hg.Implicit(hg.CG(), warm_start=True), state=torch.zeros(3)),

@@ -32,6 +32,7 @@ LAYERS: dict[str, float] = {
     "averaged": 0.7,
     "operators": 1,
     "solvers": 2,
+    "solvers.recycling": 2.5,
     "lanczos": 2.5,
     "optim": 3,
     "optim.bound": 3.1,

@@ -94,8 +94,8 @@ def check_start(method: Method, trajectory: Trajectory, grad: Params) -> None:
         )
 
 
-def check_initial(method: Method, state: Tensor | None, like: Tensor, *, warm_start: bool) -> None:
-    """Raise a ValueError if `state` cannot warm-start this solve."""
+def check_initial(method: Method, state: Tensor | None, shape: tuple[int, ...], *, warm_start: bool) -> None:
+    """Raise a ValueError if `state` cannot warm-start this solve, whose state has `shape`."""
     if state is None:
         return
     if not warm_start:
@@ -104,9 +104,9 @@ def check_initial(method: Method, state: Tensor | None, like: Tensor, *, warm_st
         )
     if not isinstance(state, Tensor):
         raise ValueError(f"{type(method).__name__}: state must be the h.state of an earlier call, got {state!r}.")
-    if state.shape != like.shape:
+    if state.shape != shape:
         raise ValueError(
-            f"{type(method).__name__}: state has shape {tuple(state.shape)}, this solve needs {tuple(like.shape)}. "
+            f"{type(method).__name__}: state has shape {tuple(state.shape)}, this solve needs {tuple(shape)}. "
             "Pass the h.state of a call on the same lower parameters, or None."
         )
 

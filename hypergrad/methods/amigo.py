@@ -62,7 +62,7 @@ class AmIGO(SampledRule):
         """Return -(dF/du)^T x^N, and x^N as the state."""
         check_loss(self, trajectory)
         check_fixed_point(self, trajectory, upper, decoupled="refuse")
-        check_initial(self, state, cotangent, warm_start=True)
+        check_initial(self, state, cotangent.shape, warm_start=True)
         step_size = step_size_of(self, self.step_size, trajectory, upper)
         x = torch.zeros_like(cotangent) if state is None else state
         taped = tapes(trajectory, upper, batches=self.batches, count=self.steps + 1)

@@ -93,7 +93,7 @@ class BOME(Method):
         """Return the direction in `upper`, and the next theta as the state; the value is at the run's end."""
         check_loss(self, trajectory)
         check_fixed_point(self, trajectory, upper, decoupled="refuse")
-        check_initial(self, state, trajectory.end_flat, warm_start=True)
+        check_initial(self, state, trajectory.end_flat.shape, warm_start=True)
         theta = self._began(trajectory) if state is None else state
         step_size = step_size_of(self, self.step_size, trajectory, upper)
         end = trajectory.end_flat

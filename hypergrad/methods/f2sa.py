@@ -92,7 +92,7 @@ class F2SA(Method):
         check_loss(self, trajectory)
         check_fixed_point(self, trajectory, upper, decoupled="refuse")
         begins = self._first_state(trajectory)
-        check_initial(self, state, begins, warm_start=True)
+        check_initial(self, state, begins.shape, warm_start=True)
         present = begins if state is None else state
         copy, strength = present[:-1], present[-1]
         step_size = step_size_of(self, self.step_size, trajectory, upper)

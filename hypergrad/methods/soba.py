@@ -93,7 +93,7 @@ class SOBA(ResponseMethod):
         """Return -(dF/du)^T x_t, and x_{t+1} as the state."""
         check_loss(self, trajectory)
         check_fixed_point(self, trajectory, upper, decoupled="refuse")
-        check_initial(self, state, cotangent, warm_start=True)
+        check_initial(self, state, cotangent.shape, warm_start=True)
         step_size = step_size_of(self, self.step_size, trajectory, upper)
         x = step_size * cotangent if state is None else state
         lin = linearize(trajectory, upper)

@@ -84,9 +84,8 @@ def test_results_follow_the_schema(finished) -> None:
 def test_the_report_shows_table_and_figure(finished) -> None:
     text = (finished / "report.md").read_text()
     assert f"## {OWN}" in text
-    assert (
-        "| hypergrad | **CG 20** |" in text or "| hypergrad | **CG 80** |" in text or "| hypergrad | **CG 5** |" in text
-    )
+    assert "| hypergrad | CG 20 |" in text.replace("**", "")
+    assert " | **" in text, "somebody is on the front"
     assert "bench_cases-problem.png" in text
     assert (finished / "bench_cases-problem.png").stat().st_size > 5000
 

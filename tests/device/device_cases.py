@@ -39,6 +39,8 @@ def methods(check_every: Any = None) -> dict[str, hg.Method]:
     return {
         **implicit,
         "Implicit-warm": hg.Implicit(cg, damping=2.0, warm_start=True),
+        "Implicit-recycle": hg.Implicit(cg, damping=5.0, recycle=2),
+        "Implicit-recycle-warm": hg.Implicit(cg, damping=5.0, warm_start=True, recycle=2),
         "Implicit-over": hg.Implicit(cg, damping=0.5, over=["a"]),
         "Implicit-batches": hg.Implicit(cg, damping=0.5, batches=2),
         "Unrolled": hg.Unrolled(),

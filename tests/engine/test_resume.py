@@ -85,6 +85,7 @@ CASES: dict[str, Any] = {
     "f2sa": (hg.F2SA(growth=0.5, steps=2), {}),
     "bome": (hg.BOME(), {}),
     "warm": (hg.Implicit(hg.CG(3), damping=5.0, warm_start=True), {}),
+    "recycle": (hg.Implicit(hg.CG(3), damping=5.0, recycle=4), {}),
     "every": (hg.Implicit(hg.CG(3), damping=5.0, batches=2), {"every": 3}),
     "fresh": (hg.Implicit(hg.CG(3), damping=5.0, batches=2, fresh=True), {"every": 3}),
     "every first order": (hg.SAMA(), {"every": 3}),

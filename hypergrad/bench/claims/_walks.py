@@ -15,6 +15,8 @@ from hypergrad.methods import Implicit, hypergradient
 from hypergrad.solvers import CG
 from hypergrad.trajectory import solved
 
+TIE = 20.0
+"""BiSSL's effective lambda along its walk; with 10 the lower Hessian is indefinite on some fresh batches of 64."""
 Point = tuple[Task, Tensor]
 """A problem as it is at one upper step, and its hypergradient as one vector."""
 
@@ -44,7 +46,7 @@ def hypercleaning_steps(count: int) -> Iterator[Point]:
 
 def bissl_steps(count: int, *, every: int = 8, lower_steps: int = 10) -> Iterator[Point]:
     """Yield `count` upper steps of BiSSL's stage; the lower level runs before every eighth and draws a new batch."""
-    task = bissl.build()
+    task = bissl.build(tie=TIE)
     generator = torch.Generator().manual_seed(1)
     images, labels = fashion("train")
     for step in range(count):
@@ -59,7 +61,7 @@ def bissl_steps(count: int, *, every: int = 8, lower_steps: int = 10) -> Iterato
 
 def _lower_run(task: Task, images: Tensor, generator: torch.Generator, steps: int) -> Task:
     leaves = {name: w.clone().requires_grad_() for name, w in task.lower.items()}
-    optimizer = torch.optim.SGD(leaves.values(), lr=0.03, momentum=0.9)
+    optimizer = torch.optim.SGD(leaves.values(), lr=0.01, momentum=0.9)
     for _ in range(steps):
         batch = bissl.views(images[torch.randint(len(images), (64,), generator=generator)], generator)
         loss = task.lower_loss(leaves, task.upper, batch)

@@ -67,13 +67,14 @@ def views(images: Tensor, generator: torch.Generator) -> Views:
     return view(), view()
 
 
-def build(*, size: str = "full", seed: int = 0, dtype: torch.dtype = torch.float32) -> Task:
+def build(*, size: str = "full", seed: int = 0, dtype: torch.dtype = torch.float32, tie: float = TIE) -> Task:
     """Return the problem at the start of BiSSL's stage: after pretraining, with one pretext batch for the response.
 
     Args:
         size: "full" 64 images of 28 x 28 pixels in two views and 200 steps of pretraining, "quick" 32 of 14 x 14.
         seed: of the initial parameters, the views and the batches.
         dtype: of everything but the pretraining, which is in float32.
+        tie: the effective lambda.
     """
     count, pixels = (64, 28) if size == "full" else (32, 14)
     generator = torch.Generator().manual_seed(seed)
@@ -87,7 +88,7 @@ def build(*, size: str = "full", seed: int = 0, dtype: torch.dtype = torch.float
     return Task(
         name="bissl",
         kind="implicit",
-        lower_loss=partial(pretext_loss, {name: w.to(dtype) for name, w in head.items()}),
+        lower_loss=partial(pretext_loss, {name: w.to(dtype) for name, w in head.items()}, tie=tie),
         upper_loss=upper_loss,
         lower={name: w.to(dtype) for name, w in encoder.items()},
         upper={name: u.to(dtype) for name, u in upper.items()},
