@@ -10,6 +10,7 @@ from hypergrad.distributed import all_gather
 from hypergrad.engine import Engine
 from hypergrad.faults import NonFiniteError
 from hypergrad.history import History, Record
+from hypergrad.loss_scale import ScaledLoss
 from hypergrad.methods import (
     BOME,
     F2SA,
@@ -98,6 +99,7 @@ __all__ = [
     "Result",
     "SAMA",
     "SOBA",
+    "ScaledLoss",
     "SciPy",
     "SecondMoment",
     "Solution",

@@ -57,6 +57,13 @@ def arrange(problems: Sequence[Problem | Sequence[Problem]]) -> list[list[Proble
             raise ValueError(
                 f"problem {problem.name!r} shares its optimizer with {optimizers[id(problem.optimizer)]!r}."
             )
+    every = [problem for level in levels for problem in level]
+    for problem in every:
+        if problem.loss_scale is not None and any(other.tasks is not None for other in every):
+            raise ValueError(
+                f"problem {problem.name!r}: loss_scale={problem.loss_scale} is not served in a graph with tasks=, "
+                "whose losses are evaluated as functional copies. Use bfloat16, and leave loss_scale None."
+            )
     for problem in (problem for level in levels[1:] for problem in level):
         if needs_closure(problem.optimizer):
             raise ValueError(

@@ -193,6 +193,11 @@ def in_place(problems: Sequence[Problem], ranks: Ranks | None) -> InPlace | None
     if not any(sharded.values()):
         return None
     for problem in problems:
+        if problem.loss_scale is not None:
+            raise ValueError(
+                f"problem {problem.name!r}: loss_scale={problem.loss_scale} is not served where modules are sharded by "
+                "fully_shard: their losses are evaluated in place. Use bfloat16, and leave loss_scale None."
+            )
         members = sharded[problem.name]
         if members is not None:
             if ranks is None or members != _members(ranks):

@@ -16,7 +16,8 @@ from hypergrad._flat import Params
 from hypergrad._functional import arity
 from hypergrad.averaged import Split, split
 from hypergrad.composite import Composite
-from hypergrad.methods import ForwardUnrolled, Method, Reptile, Unrolled
+from hypergrad.loss_scale import check_scale
+from hypergrad.methods import ForwardUnrolled, Implicit, Method, Reptile, Unrolled
 
 After = Literal["continue", "rollback", "restart"]
 ModelLoss = Callable[[Any, Any], Any]
@@ -66,6 +67,9 @@ class Problem:
             batch along its first dimension.
         sharded: under a data-parallel engine, `data` yields this rank's own part of each batch, which is then not cut.
             A `DataLoader` with a `DistributedSampler` is recognised.
+        loss_scale: what derivatives of the loss are multiplied by inside it and divided by outside, for float16 under
+            `torch.autocast` (see `ScaledLoss`); None for none. Steps whose gradients overflow are left out by
+            `Engine(on_nonfinite="skip")`.
 
     Raises:
         ValueError: for every option out of range, naming the problem and the option.
@@ -96,6 +100,7 @@ class Problem:
     micro_batches: int = 1
     split: Split | None = None
     sharded: bool = False
+    loss_scale: float | None = None
 
     def __post_init__(self) -> None:
         """Validate everything that can be told from this problem alone."""
@@ -133,6 +138,8 @@ class Problem:
             self._check(value is None or callable(value), option, value, "None or a function")
         named = not isinstance(self.reads, str) and isinstance(self.reads, (Sequence, type(None)))
         self._check(named, "reads", self.reads, "None or a list of problems' names")
+        if self.loss_scale is not None:
+            check_scale(self.loss_scale, f"problem {self.name!r}: loss_scale")
         self._check_schedulers()
         self._check_data()
         self._check_combinations()
@@ -177,6 +184,16 @@ class Problem:
             )
 
     def _check_combinations(self) -> None:
+        if self.loss_scale is not None and any(isinstance(loss, Composite) for loss in (self.loss, self.response)):
+            raise ValueError(
+                f"problem {self.name!r}: loss_scale={self.loss_scale} does not reach the parts of a Composite, which "
+                "are differentiated one by one. Give the loss as one function, or leave loss_scale None."
+            )
+        if self.loss_scale is not None and isinstance(self.method, (Implicit, Unrolled)) and self.method.compile:
+            raise ValueError(
+                f"problem {self.name!r}: {type(self.method).__name__}(compile=...) does not take a scaled loss, and "
+                f"loss_scale={self.loss_scale}. Use compile=False, or bfloat16 without a scale."
+            )
         if self.micro_batches > 1 and self.tasks is not None:
             raise ValueError(
                 f"problem {self.name!r}: micro_batches={self.micro_batches} cuts batches of samples, and with "

@@ -23,6 +23,7 @@ from hypergrad.distributed import Ranks, Signals
 from hypergrad.graph import Graph
 from hypergrad.history import Record
 from hypergrad.in_place import InPlace, ShardedLoss
+from hypergrad.loss_scale import ScaledLoss, entered, left
 from hypergrad.methods import Method, ResponseMethod, best_response
 from hypergrad.network import Function, Network, own
 from hypergrad.optim import Bound, from_torch, read_options, read_state
@@ -179,7 +180,12 @@ class Runner:
             scalar: Tensor = self._call(lambda models: loss_value(loss, models, batch, self.name)[0], overrides)
             return scalar
 
-        return value
+        return self._scaled(value)
+
+    def _scaled(self, loss: Loss) -> Loss:
+        """Return a loss of this problem with its derivatives scaled inside, if the problem asks for that."""
+        scale = self.problem.loss_scale
+        return loss if scale is None else ScaledLoss(loss, scale)
 
     def _as_loss(self, loss: Any) -> Loss:
         """Return a problem's loss as a function (lower, upper, batch) that methods may differentiate."""
@@ -196,7 +202,7 @@ class Runner:
             )
             return scalar
 
-        return self.averaged(value)
+        return self.averaged(self._scaled(value))
 
     def _sharded(self, loss: Any, name: str) -> Loss:
         """Return a loss of this problem evaluated in place, as a function of the variables of `name` and of others."""
@@ -438,8 +444,11 @@ class Runner:
         """Return loss, metrics and derivatives on one micro-batch; those that the loss does not depend on left out."""
         if self.in_place is None:
             value, metrics = self._evaluate(part, {})
-            tensors = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
-            return value, metrics, {key: g for key, g in zip(leaves, tensors, strict=True) if g is not None}
+            scale = self.problem.loss_scale
+            bar = None if scale is None else torch.full_like(value, scale)
+            tensors = torch.autograd.grad(value, list(leaves.values()), bar, allow_unused=True)
+            given = {key: g for key, g in zip(leaves, tensors, strict=True) if g is not None}
+            return value, metrics, given if scale is None else {key: g / scale for key, g in given.items()}
         value, metrics, grads = self.in_place.gradients(lambda: self._evaluate(part, {}), {}, self.name)
         return value, metrics, {key: grads[".".join(key)] for key in leaves if ".".join(key) in grads}
 
@@ -511,8 +520,13 @@ class Runner:
         if self.ranks is not None:
             (flat,), upper = self.ranks.share([leaf]), self.ranks.share_params(above)
         overrides = seen | own(self.name, self.layout.unravel(flat)) | upper
+        scale = self.problem.loss_scale
+        if scale is not None:
+            overrides = entered(overrides, scale)
         several = [self._evaluate(part, overrides) for part in parts]
         value = torch.stack([value for value, _ in several]).mean() if len(several) > 1 else several[0][0]
+        if scale is not None:
+            value = left(value, scale)
         (taped,) = torch.autograd.grad(value, leaf, create_graph=True)
         names = several[0][1]
         metrics = {name: _mean([m[name] for _, m in several]) for name in names} if len(several) > 1 else names

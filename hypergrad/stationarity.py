@@ -25,6 +25,7 @@ from hypergrad._random import RandomState, replaying
 from hypergrad._tape import Tape, TapeKind, gradient, tape
 from hypergrad.averaged import Averaged, PartsTape, plain, ranks_of
 from hypergrad.composite import Composite
+from hypergrad.loss_scale import check_compile
 from hypergrad.operators import Function, Operator
 from hypergrad.trajectory import Trajectory
 
@@ -200,6 +201,7 @@ def compiled_stationarity(
         raise ValueError(
             "compile=True serves lower losses; this lower level is the root of a map (solved_root). Use compile=False."
         )
+    check_compile(loss)
 
     def condition(part: Tensor, upper: Params) -> Tensor:
         grad = compiled_gradient(

@@ -25,6 +25,7 @@ from hypergrad._tape import (
     vjp,
 )
 from hypergrad.averaged import Averaged, PartsTape, average_gradient
+from hypergrad.loss_scale import check_compile
 from hypergrad.optim import Bound, State, clip_norm, clip_value
 
 HyperFunction = Callable[..., Any]
@@ -196,6 +197,7 @@ class Step:
 
     def _compiled_gradient(self, flat: Tensor, upper: Params, compile: Compile) -> Tensor:
         recipe = self.recipe
+        check_compile(recipe.loss)
         return compiled_gradient(
             recipe.loss, flat, upper, [self.batch], layout=recipe.layout, constants={}, compile=compile
         )

@@ -27,6 +27,7 @@ LAYERS: dict[str, float] = {
     "store": 0,
     "shard_files": 0.6,
     "composite": 0.5,
+    "loss_scale": 0.55,
     "distributed": 0.6,
     "distributed.ranks": 0.55,
     "averaged": 0.7,

@@ -214,6 +214,7 @@ def _refusals() -> list[str]:
         lambda: sh.build("finite_difference", torch.float64, lower_options={"project": lambda p: p}),
         lambda: sh.build("finite_difference", torch.float64, lower_options={"hyper": {"lr": lambda m: 0.1}}),
         lambda: sh.build("sama", torch.float64, lower_options={"clip_norm": 1.0}),
+        lambda: sh.build("sama", torch.float64, lower_options={"loss_scale": 2.0}),
         lambda: hg.diagnose(sh.build("finite_difference", torch.float64)[0]),
     ]
     messages = []
@@ -257,7 +258,7 @@ def test_what_is_refused() -> None:
         for method, message in zip(REFUSED, messages, strict=False):
             assert f"problem 'net': {type(method).__name__} needs a functional evaluation" in message
             assert "FSDP2" in message and "Use hg.FiniteDifference, hg.SAMA, hg.Penalty" in message
-        mesh, partly, outside, mixing, detached, alone, project, hyper, clip, diagnosed = messages[count:]
+        mesh, partly, outside, mixing, detached, alone, project, hyper, clip, scaled, diagnosed = messages[count:]
         assert "on a mesh of 2 dimensions; one dimension that shards is served" in mesh
         assert "'0.weight' is a shard (of fully_shard) and '1.weight' is not" in partly
         assert "reads a sharded parameter outside its module's forward" in outside
@@ -267,6 +268,7 @@ def test_what_is_refused() -> None:
         assert "is sharded, and project would see one process's part" in project
         assert "is sharded, and hyper would see one process's part" in hyper
         assert "is sharded, and clip_norm with hg.SAMA would see one process's part" in clip
+        assert "loss_scale=2.0 is not served where modules are sharded" in scaled
         assert "diagnose and estimate run losses on copies" in diagnosed
 
 

@@ -1,0 +1,126 @@
+"""Losses whose derivatives are taken at a multiple of their size, so that float16 inside does not lose them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hypergrad._flat import Params
+from hypergrad._functional import Loss, scalar
+from hypergrad.composite import Composite
+
+
+@dataclass(frozen=True)
+class ScaledLoss:
+    """A loss with the values and derivatives of another; inside, each backward pass carries `scale` times as much.
+
+    Gradients, products and mixed products of any order are those of `loss`. In a backward pass through what `loss`
+    computes, every cotangent is multiplied by `scale`, and divided by it where the pass leaves at `lower` or `upper`.
+    `torch.autocast` with float16 needs it, where entries below 6e-8 are zero.
+    The vector of a product enters as large as it is: where its entries are below that, or above 65504, use bfloat16.
+
+    Cost: one more copy of the parameters in each evaluation.
+
+    Args:
+        loss: function (lower, upper, batch) -> scalar.
+        scale: what derivatives are multiplied by inside, > 0; powers of two round nothing. 2.0**12 is a good first
+            try. Too large a scale overflows, and gradients are then not finite.
+
+    Raises:
+        ValueError: for a scale out of range, or a `Composite`.
+
+    Example:
+        >>> import torch, hypergrad as hg
+        >>> loss = hg.ScaledLoss(lambda lower, upper, batch: (lower["w"] ** 2).sum(), scale=2.0**12)
+        >>> w = torch.ones(2, requires_grad=True)
+        >>> torch.autograd.grad(loss({"w": w}, {}, None), w)[0]
+        tensor([2., 2.])
+    """
+
+    loss: Loss
+    scale: float
+
+    def __post_init__(self) -> None:
+        """Validate the options."""
+        if isinstance(self.loss, Composite) or not callable(self.loss):
+            raise ValueError(
+                f"ScaledLoss: loss must be a function (lower, upper, batch) -> scalar, got {self.loss!r}. The parts of "
+                "a Composite are differentiated one by one, without a scale: pass the whole as one function."
+            )
+        check_scale(self.scale, "ScaledLoss: scale")
+
+    def __call__(self, lower: Params, upper: Params, batch: Any) -> Tensor:
+        """Return the loss."""
+        value = self.loss(entered(lower, self.scale), entered(upper, self.scale), batch)
+        return left(scalar(value, "the loss"), self.scale)
+
+
+def check_compile(loss: Loss | None) -> None:
+    """Raise a ValueError if `loss`, whose gradient is to be compiled, is scaled."""
+    if isinstance(loss, ScaledLoss):
+        raise ValueError(
+            "compile=True does not take a scaled loss (ScaledLoss, loss_scale=): torch.compile does not trace its "
+            "derivatives. Use compile=False, or bfloat16 without a scale."
+        )
+
+
+def check_scale(scale: object, what: str) -> None:
+    """Raise a ValueError unless `scale` is a finite number above zero."""
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
+        raise ValueError(f"{what} must be a finite number > 0, such as 2.0**12, got {scale!r}.")
+
+
+def entered(params: Params, scale: float) -> Params:
+    """Return `params` as a scaled loss sees them: derivatives that pass back through here are divided by `scale`."""
+    return {name: _Enter.apply(p, 1.0, scale) for name, p in params.items()}  # type: ignore[no-untyped-call]
+
+
+def left(value: Tensor, scale: float) -> Tensor:
+    """Return a scaled loss's value as others see it: cotangents that come in here are multiplied by `scale`."""
+    outside: Tensor = _Leave.apply(value, 1.0, scale)  # type: ignore[no-untyped-call]
+    return outside
+
+
+# Inside, a cotangent is `scale` times the true one. So what enters as f x has the derivative that leaves as (f / scale)
+# times the inner cotangent, and what leaves as f x one that enters as (f scale) times the outer cotangent. Each is the
+# other's derivative, which makes all of it right to any order.
+
+
+class _Enter(torch.autograd.Function):
+    """Into a scaled loss: `factor` times a tensor."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, factor: float, _scale: float) -> Tensor:
+        return x * factor
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
+        ctx.factor, ctx.scale = inputs[1:]
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, None, None]:
+        return _Leave.apply(cotangents[0], ctx.factor / ctx.scale, ctx.scale), None, None  # type: ignore[no-untyped-call]
+
+
+class _Leave(torch.autograd.Function):
+    """Out of a scaled loss: `factor` times a tensor."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, factor: float, _scale: float) -> Tensor:
+        return x * factor
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
+        ctx.factor, ctx.scale = inputs[1:]
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, None, None]:
+        return _Enter.apply(cotangents[0], ctx.factor * ctx.scale, ctx.scale), None, None  # type: ignore[no-untyped-call]
