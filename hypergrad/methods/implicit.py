@@ -45,9 +45,10 @@ class Implicit(ResponseMethod):
         curvature: "hessian", or "gauss_newton" for a `Composite` loss (positive semi-definite curvature).
         warm_start: begin the solve at the solution of the last one (`state=`); one product more, often far fewer steps.
         recycle: with `CG`, how many directions of earlier solves are kept, with their products, as the preconditioner
-            of the next (`state=`); 16 or 32. No products of its own, 2 * recycle vectors of memory. It pays where
-            consecutive upper steps meet nearly the same curvature; add `warm_start` where they meet the same upper
-            batch as well.
+            of the next (`state=`). No products of its own; 2 * recycle vectors of memory, which each step of the solver
+            reads twice: 32 for a deep network, some 8 where a product costs little more than reading the parameters.
+            It pays where consecutive upper steps meet nearly the same curvature; add `warm_start` where they meet the
+            same upper batch as well.
         batches: how many of the run's last batches are averaged in curvature and mixed partial.
         over: prefixes of lower names that respond; the other lower parameters count as constants. None for all.
         compile: compile the gradient that is taped, and with it each product: True, or the name of a backend of

@@ -70,7 +70,7 @@ class Noted(Operator):
     def mv(self, v: Tensor) -> Tensor:
         """Return A v."""
         product = self.op.mv(v)
-        self.products.append((v.clone(), product.clone()))  # solvers go on in the same memory
+        self.products.append((v.clone(), product))  # the solver goes on in the memory of v
         return product
 
     def rmv(self, v: Tensor) -> Tensor:
@@ -94,22 +94,22 @@ def solve_recycling(
     """
     noted = Noted(op, count)
     if state is None:
-        pairs = b.new_zeros(2, count, op.size)
+        kept = b.new_zeros(2, count, op.size)
         solution = solver.solve(noted, b)
     else:
-        pairs = state[:-1].view(2, count, op.size)
-        preconditioned = replace(solver, preconditioner=Recycled(pairs))
+        kept = state[:-1].view(2, count, op.size)
+        preconditioned = replace(solver, preconditioner=Recycled(kept))
         solution = preconditioned.solve(noted, b, x0=state[-1] if warm_start else None)
     fresh = [paired(v, product) for v, product in noted.products]
-    if fresh:
-        pairs = torch.cat([pairs, torch.stack(fresh, 1)], 1)[:, -count:]
-    return solution, torch.cat([pairs.flatten(0, 1), solution.x[None]])
+    old, directions, products = kept[:, len(fresh) :], [s for s, _ in fresh], [y for _, y in fresh]
+    rows = [*old[0].unbind(0), *directions, *old[1].unbind(0), *products, solution.x]
+    return solution, torch.stack(rows)  # one copy, straight into place
 
 
-def paired(v: Tensor, product: Tensor) -> Tensor:
-    """Return v and A v, scaled so that their dot product is 1, as rows; zeros where A is not positive along v."""
+def paired(v: Tensor, product: Tensor) -> tuple[Tensor, Tensor]:
+    """Return v and A v, scaled so that their dot product is 1; zeros where A is not positive along v."""
     curvature = torch.dot(v, product)
     least = torch.finfo(v.dtype).eps * torch.linalg.vector_norm(v) * torch.linalg.vector_norm(product)
     positive = (curvature > least) & (curvature < float("inf"))
-    pair = torch.stack([v, product]) * torch.where(positive, curvature, 1.0).rsqrt()
-    return torch.where(positive, pair, 0.0)
+    scale = torch.where(positive, curvature, 1.0).rsqrt()
+    return torch.where(positive, v * scale, 0.0), torch.where(positive, product * scale, 0.0)

@@ -112,9 +112,9 @@ def _run(method: Implicit, loss: Any = None) -> Run:
 
 
 def _sketched(rtol: float) -> Run:
-    """Return CG preconditioned by the penalties and a sketch of rank 64."""
+    """Return CG preconditioned by the penalties and a sketch of rank 8."""
     loss = Composite(logistic.outputs, logistic.criterion, logistic.penalty)
-    return _run(Implicit(CG(max_steps=500, rtol=rtol, preconditioner=PenaltyPreconditioner(rank=64))), loss)
+    return _run(Implicit(CG(max_steps=500, rtol=rtol, preconditioner=PenaltyPreconditioner(rank=8))), loss)
 
 
 def _compiled(rtol: float) -> Run:
@@ -122,7 +122,7 @@ def _compiled(rtol: float) -> Run:
 
     The first call, which compiles, is not timed.
     """
-    return _run(Implicit(CG(max_steps=200, rtol=rtol), warm_start=True, recycle=32, compile=True))
+    return _run(Implicit(CG(max_steps=200, rtol=rtol), warm_start=True, recycle=8, compile=True))
 
 
 def _recycled(rtol: float) -> Run:
