@@ -90,8 +90,8 @@ class Engine:
         ...     optimizer=torch.optim.Adam(weight.parameters(), lr=0.1),
         ...     data=[x],
         ... )
-        >>> history = hg.Engine([lower, upper]).run(60)
-        >>> history["weight.loss"][-1] < 0.1
+        >>> losses = hg.Engine([lower, upper]).run(60)["weight.loss"]
+        >>> losses[-1] < 0.1
         True
     """
 
