@@ -117,7 +117,7 @@ def compiled_gradient(
         except TorchDynamoException as error:
             raise ValueError(_refusal(str(error))) from error
         inputs = [x for x in (part, *upper.values()) if x.requires_grad]
-        if right is None and inputs and grad.requires_grad:
+        if right is None and inputs and torch.is_grad_enabled():
             eager = found.eager(*arguments)
             found.right[variant] = agrees(grad, eager, inputs, compile=compile)
             if not found.right[variant]:
