@@ -87,7 +87,7 @@ class Masked(System):
     guide: GuideOptions = field(default_factory=lambda: Guide(steps=60, upper_batch=1000, clip=1e-3))
     pretraining: Pretraining = field(default_factory=lambda: Pretraining(steps=0, learning_rate=1e-3))
     evaluation: Evaluation = field(default_factory=lambda: Evaluation(rates=(0.03, 0.1), steps=100, episodes=50))
-    cost: float = 4.3
+    cost: float = 5.4
 
     def __post_init__(self) -> None:
         """Refuse a ratio outside (0, 1), and a temperature that is not positive."""

@@ -92,7 +92,7 @@ class Sources(System):
         default_factory=lambda: Pretraining(steps=0, batch_size=32, learning_rate=1e-3, augment=MILD)
     )
     evaluation: Evaluation = field(default_factory=lambda: Evaluation(rates=(0.03, 0.1), steps=100, episodes=50))
-    cost: float = 4.3
+    cost: float = 2.6
 
     def __post_init__(self) -> None:
         """Refuse a single source, and a pretext with a moving target."""

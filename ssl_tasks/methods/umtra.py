@@ -42,7 +42,7 @@ class UMTRA(System):
     source: SourceOptions = field(default_factory=lambda: Source(shifted=False, num_unseen=5))
     pretraining: Pretraining = field(default_factory=lambda: Pretraining(steps=0, learning_rate=6e-3))
     evaluation: Evaluation = field(default_factory=lambda: Evaluation(steps=100))
-    maml: MamlOptions = field(default_factory=Maml)
+    maml: MamlOptions = field(default_factory=lambda: Maml(cost=14.0))
     still: bool = True
 
     @classmethod
