@@ -58,7 +58,8 @@ def settle(group: Sequence[Runner], cotangents: Mapping[str, Params], pull: Pull
 
 def ravel(runner: Runner, cotangent: Params) -> Tensor:
     """Return a cotangent of the problem's solution as a flat vector; a name left out counts as zero."""
-    return runner.layout.ravel({key: cotangent.get(key, torch.zeros_like(held(p))) for key, p in runner.used.items()})
+    absent = {key: torch.zeros_like(held(p)) for key, p in runner.used.items() if key not in cotangent}
+    return runner.layout.ravel(absent | cotangent)
 
 
 def by_problem(grad: Params) -> dict[str, Params]:

@@ -390,7 +390,10 @@ class Engine:
         grad = partials.pop(runner.name)
         codes: list[Tensor] = []
         residuals: dict[str, Tensor] = {}
-        after = random_state(runner.layout.device) if lower else None
+        draws = replays or any(
+            t.start is not None or any(s.random is not None for s in t.steps) for t in trajectories.values()
+        )
+        after = random_state(runner.layout.device) if draws else None
         done: set[str] = set()
         for r in lower:  # lowest first: what it pulls back adds to the cotangents of the levels between
             group = [self.runners[name] for name in self.graph.coupled(r.name) if name in trajectories]
@@ -416,8 +419,7 @@ class Engine:
                     codes.append(pulled.result)
                 if "residual_norm" in pulled.stats:
                     residuals[member.name] = pulled.stats["residual_norm"]
-        if lower:
-            restore_random_state(after)
+        restore_random_state(after)
         return Gradient(runner, value, grad, codes, batch, bool(lower), residuals)
 
     def _task_gradient(

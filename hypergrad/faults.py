@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -108,14 +108,13 @@ class Faults:
         runner, value = gradient.runner, gradient.value
         norm = _norm(gradient)
         record.put(runner.name, "grad_norm", norm)
-        checked = [value, norm, *gradient.residuals.values()]
-        finite = torch.isfinite(torch.stack([x.to(norm) for x in checked])).all()
-        code = torch.stack([Result.SUCCESS.tensor(value.device), *gradient.codes]).max()
-        unexplained = ~finite & (code < int(Result.NEGATIVE_CURVATURE))
-        result = Result(self._read(torch.where(unexplained, int(Result.NON_FINITE), code)))
-        found = _culprit(gradient) if result is Result.NON_FINITE else ""
-        if result is Result.NON_FINITE and not found and not any(int(c) == result for c in gradient.codes):
-            result = Result.SUCCESS  # entries so large that only their norm overflows
+        checked = [norm, value, *gradient.residuals.values()]
+        numbers = self._read([*checked, *gradient.codes])
+        result = Result(int(max(numbers[len(checked) :], default=0)))
+        unexplained = not all(map(math.isfinite, numbers[: len(checked)])) and not result.is_breakdown
+        found = _culprit(gradient) if unexplained or result is Result.NON_FINITE else ""
+        if unexplained and found:  # not so where entries are so large that only their norm overflows
+            result = Result.NON_FINITE
         record.put(runner.name, "result", int(result))
         if not result.is_breakdown:
             return True
@@ -138,22 +137,21 @@ class Faults:
             return True
         raise NonFiniteError(f"{what} at step {self.step}: ")
 
-    def _read(self, code: Tensor) -> int:
-        """Return a code as a number, with every flag still to be read in the same transfer."""
-        if not self._pending:
-            return int(code)
-        flags = torch.stack([code, *(flag.to(code) for _, _, flag in self._pending)]).tolist()
+    def _read(self, values: Sequence[Tensor]) -> list[float]:
+        """Return 0-dim tensors as numbers, with every flag still to be read in the same transfer."""
         pending, self._pending = self._pending, []
-        for (runner, index, _), finite in zip(pending, flags[1:], strict=True):
+        several = [*values, *(flag for _, _, flag in pending)]
+        numbers: list[float] = torch.stack([x.to(several[0]) for x in several]).tolist()
+        for (runner, index, _), finite in zip(pending, numbers[len(values) :], strict=True):
             if not finite:
                 self._refuses(f"loss of {self._where(runner, index)} is not finite")
                 break
-        return int(flags[0])
+        return numbers[: len(values)]
 
     def _settle(self) -> None:
         """Read the flags of own steps that no hypergradient followed."""
         if self._pending:
-            self._read(Result.SUCCESS.tensor(self._pending[0][2].device))
+            self._read([])
 
     def _where(self, runner: Runner, index: int | None = None) -> str:
         own = "" if index is None or runner.problem.steps == 1 else f", own step {index},"

@@ -19,9 +19,8 @@ class Record(dict[str, Any]):
     def put(self, problem: str, quantity: str, value: Any) -> None:
         """Store a value; tensors are detached, and those on the CPU become numbers at once, which is free there."""
         if isinstance(value, Tensor):
-            value = value.detach()
-            if value.numel() == 1 and value.device.type == "cpu" and type(value) is Tensor:
-                value = value.item()
+            host = type(value) is Tensor and value.device.type == "cpu" and value.numel() == 1
+            value = value.item() if host else value.detach()
         self[f"{problem}.{quantity}"] = value
 
     def numbers(self, keys: Iterable[str] | None = None) -> dict[str, float]:

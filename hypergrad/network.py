@@ -189,23 +189,14 @@ def _evaluate(view: _View, function: Function, overrides: Params, owner: str | N
                 values[path] = clones[id(buffer)]
     special = not torch.compiler.is_compiling() and (overrides or is_watching())
     eager = special and is_compiled(view.modules)
-    with _same_modes(view.modules), modules_eagerly() if eager else contextlib.nullcontext():
-        if not values:
-            return function(view.models)
-        return functional_call(view.models, values, (function,), tie_weights=False)
-
-
-@contextlib.contextmanager
-def _same_modes(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Put the modules' training flags back when the body has run."""
-    if torch.compiler.is_compiling():
-        yield
-        return
-    modes = [module.training for module in modules]
+    modes = [] if torch.compiler.is_compiling() else [(module, module.training) for module in view.modules]
     try:
-        yield
+        with modules_eagerly() if eager else contextlib.nullcontext():
+            if not values:
+                return function(view.models)
+            return functional_call(view.models, values, (function,), tie_weights=False)
     finally:
-        for module, training in zip(modules, modes, strict=True):
+        for module, training in modes:
             if module.training != training:
                 module.training = training
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from hypergrad._flat import Params
-from hypergrad._shards import held, like_shard
+from hypergrad._shards import held, is_shard, like_shard
 from hypergrad.problem import Problem
 
 Again = Callable[[], tuple[Tensor, Params]]
@@ -39,7 +39,6 @@ class Stepper:
             again: for optimizers that evaluate the loss several times a step.
         """
         problem, optimizer = self.problem, self.problem.optimizer
-        optimizer.zero_grad()
         self._set_grads(grad)
         with _options(optimizer, hyper, problem.name):
             if self.takes_closure:
@@ -65,7 +64,6 @@ class Stepper:
             if [p._version for p in self.variables.values()] == versions:
                 return value
             present, grad = again()
-            self.problem.optimizer.zero_grad()
             self._set_grads(grad)
             return present
 
@@ -75,12 +73,16 @@ class Stepper:
         taken: set[int] = set()
         for key, parameter in self.variables.items():
             if key not in grad:
+                parameter.grad = None
                 continue
-            g, here = grad[key].detach().to(parameter.dtype), held(parameter)
+            g, here = grad[key], held(parameter) if is_shard(parameter) else parameter
+            if g.requires_grad or g.dtype != here.dtype:
+                g = g.detach().to(here.dtype)
             if g.layout is torch.strided:  # as backward() leaves it: laid out like the parameter, memory of its own
-                if g.stride() != here.stride() or g.data_ptr() in taken:
+                address = g.data_ptr()
+                if g.stride() != here.stride() or address in taken:
                     g = torch.empty_like(here).copy_(g)
-                taken.add(g.data_ptr())
+                taken.add(address)
             parameter.grad = like_shard(g, parameter)
         if self.problem.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.variables.values(), self.problem.clip_norm)

@@ -42,8 +42,12 @@ class Signals:
     def send(self, device: torch.device) -> Tensor:
         """Return the requests as a vector of 0 and 1, which are then no longer pending."""
         sent = torch.tensor([float(s in self._requested) for s in get_args(Signal)], device=device)
-        self._sent, self._requested, self._received = frozenset(self._requested), set(), None
+        self.agree()
         return sent
+
+    def agree(self) -> None:
+        """Agree, alone, on what this process has requested."""
+        self._sent, self._requested, self._received = frozenset(self._requested), set(), None
 
     def receive(self, mean: Tensor) -> None:
         """Take the mean of all ranks' vectors; it is read when someone asks."""

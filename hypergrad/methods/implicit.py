@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from hypergrad._compiled import COMPILE, Compile, to_compile
 from hypergrad._flat import Params
+from hypergrad._functional import in_transform
 from hypergrad._result import Stats
 from hypergrad.methods._refusals import check_fixed_point, check_initial, check_number, check_option, check_start
 from hypergrad.methods._solve import differentiable_solve
@@ -190,11 +193,13 @@ class Implicit(ResponseMethod):
         check_initial(self, state, (*rows, *v.shape), warm_start=self._keeps_state)
         damped = isinstance(self.damping, Tensor) or self.damping > 0
         operator = Damped(lin.operator, self.damping) if damped else lin.operator
-        if isinstance(self.solver, CG) and self.recycle:
-            solution, kept = solve_recycling(self.solver, operator, v, state, self.recycle, warm_start=self.warm_start)
-        else:
-            solution = self.solver.solve(operator, v, x0=state)
-            kept = solution.x
+        with contextlib.nullcontext() if in_transform() else torch.no_grad():
+            if isinstance(self.solver, CG) and self.recycle:
+                warm = self.warm_start
+                solution, kept = solve_recycling(self.solver, operator, v, state, self.recycle, warm_start=warm)
+            else:
+                solution = self.solver.solve(operator, v, x0=state)
+                kept = solution.x
         grad = {name: -g for name, g in lin.mixed(solution.x).items()}
         check_start(self, trajectory, grad)
         stats = Stats(

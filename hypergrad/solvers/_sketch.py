@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hypergrad.operators import Operator
 from hypergrad.solvers._probes import gaussian_rows
+from hypergrad.solvers.base import Apply
 
 
 class LowRank(NamedTuple):
@@ -64,10 +65,14 @@ def shifted_inverse(low_rank: LowRank, shift: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(exists, factor, eye), exists
 
 
-def apply_inverse(low_rank: LowRank, factor: Tensor, shift: Tensor, v: Tensor) -> Tensor:
-    """Return Q (core + shift I)^{-1} Q^T v + (v - Q Q^T v) / shift, the second part unless it is empty."""
-    inside = low_rank.q.mT @ v
-    solved = low_rank.q @ torch.cholesky_solve(inside.unsqueeze(1), factor).squeeze(1)
-    if low_rank.complete:
-        return solved
-    return solved + (v - low_rank.q @ inside) / shift
+def inverse(low_rank: LowRank, factor: Tensor, exists: Tensor, shift: Tensor) -> tuple[Apply, Tensor]:
+    """Return v -> Q (C C^T)^{-1} Q^T v + (v - Q Q^T v) / shift, and whether it can be used; v -> v if not.
+
+    C is a Cholesky factor, shape (r, r), that exists if `exists`. The second part is left out where it is empty.
+    """
+    usable = exists & torch.logical_not(low_rank.failed)
+    within = low_rank.q @ torch.cholesky_inverse(factor)
+    outside = torch.zeros_like(shift) if low_rank.complete else 1.0 / shift
+    scale = torch.where(usable, outside, 1.0)
+    left = torch.where(usable, within - outside * low_rank.q, 0.0)
+    return (lambda v: torch.addmv(scale * v, left, low_rank.q.mT @ v)), usable

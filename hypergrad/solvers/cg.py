@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, final
 
@@ -11,10 +12,12 @@ from torch import Tensor
 from hypergrad._result import Result
 from hypergrad.operators import Operator
 from hypergrad.solvers.base import (
+    Apply,
     CheckEvery,
     Preconditioner,
     Solution,
     Solver,
+    Start,
     check_check_every,
     check_count,
     check_interval,
@@ -40,9 +43,9 @@ class CG(Solver):
     until norm(r_k) <= max(rtol * norm(b), atol), always the residual itself, preconditioned or not. The
     residual is the recurrence's, which in rounding arithmetic can fall below the true one.
 
-    Cost: one product a step, 15 small kernels (6 of them over full vectors), four vectors of memory; one more
-    product for a start x0. The error in the norm of A falls at least like ((sqrt(c) - 1) / (sqrt(c) + 1))^k,
-    c the condition number of A (of M A).
+    Cost: one product a step, 15 small kernels (6 of them over full vectors, and no others where values may be read),
+    four vectors of memory; one more product for a start x0. The error in the norm of A falls at least like
+    ((sqrt(c) - 1) / (sqrt(c) + 1))^k, c the condition number of A (of M A).
 
     Wrong when A is not positive definite: at p.A p <= 0 the last iterate before is returned with
     `Result.NEGATIVE_CURVATURE`. Stopped at `max_steps`, x is biased towards zero along small eigenvalues.
@@ -97,11 +100,13 @@ class CG(Solver):
         """Return the solution of A x = b; see the class."""
         check_system(self, op, b, x0)
         interval = check_interval(self.check_every, b, "CG")
-        begun = start(op, b, x0, rtol=self.rtol, atol=self.atol)
+        begun = start(op, b, x0, rtol=self.rtol, atol=self.atol, reads=interval == 1)
         apply, num_products = None, 0
         if self.preconditioner is not None:
             apply, num_products = self.preconditioner.build(op)
 
+        if begun.reads and not torch.is_grad_enabled():
+            return self._solve_reading(op, begun, apply, num_products)
         d, r, tol_squared = torch.zeros_like(begun.r), begun.r, begun.tol * begun.tol
         zero = torch.zeros((), dtype=b.dtype, device=b.device)
         rr = torch.dot(r, r)
@@ -125,10 +130,7 @@ class CG(Solver):
             rr_new = torch.dot(r, r)
             z = r if apply is None else apply(r)
             rho = rr_new if apply is None else torch.dot(r, z)
-            if interval == 1:  # once nothing moves no one reads p
-                p = torch.addcmul(z, p, rho / live, out=room(p, z))
-            else:
-                p = torch.where(moved, torch.addcmul(z, p, rho / live), p)
+            p = torch.where(moved, torch.addcmul(z, p, rho / live), p)
             rr = torch.where(moved, rr_new, rr)
             live = torch.where(moved & (rr > tol_squared), rho, zero)
 
@@ -138,3 +140,32 @@ class CG(Solver):
         result = choose(rr <= tol_squared, Result.SUCCESS, stopped)
         num_steps = torch.stack(moves).sum() if moves else 0
         return finish(begun, d, rr.sqrt(), result, num_steps, num_products)
+
+    def _solve_reading(self, op: Operator, begun: Start, apply: Apply | None, num_products: int) -> Solution:
+        """Return the same where every scalar may be read: in place, and with nothing to mask."""
+        d, r, tol = torch.zeros_like(begun.r), begun.r, begun.tol.item()
+        p = (r if apply is None else apply(r)).clone()
+        rr = torch.dot(r, r).item()
+        rho = rr if apply is None else torch.dot(r, p).item()
+        result, num_steps = Result.MAX_STEPS, 0
+        while rr > tol * tol and num_steps < self.max_steps:
+            Ap = op.mv(p)
+            num_products += 1
+            curvature = torch.dot(p, Ap).item()
+            alpha = rho / curvature if curvature > 0 else 0.0
+            if not 0 < alpha < math.inf:
+                result = Result.NEGATIVE_CURVATURE if math.isfinite(curvature + rr) else Result.NON_FINITE
+                break
+            d.add_(p, alpha=alpha)
+            r.add_(Ap, alpha=-alpha)
+            rr = torch.dot(r, r).item()
+            z = r if apply is None else apply(r)
+            before, rho = rho, rr if apply is None else torch.dot(r, z).item()
+            torch.add(z, p, alpha=rho / before, out=p)
+            num_steps += 1
+        if rr <= tol * tol:
+            result = Result.SUCCESS
+        elif math.isnan(rr):
+            result = Result.NON_FINITE
+        norm = torch.full_like(begun.tol, math.sqrt(rr))
+        return finish(begun, d, norm, result.tensor(d.device), num_steps, num_products)

@@ -106,7 +106,7 @@ class GMRES(Solver):
         """Return the solution of A x = b; see the class."""
         check_system(self, op, b, x0)
         interval = check_interval(self.check_every, b, "GMRES")
-        begun = start(op, b, x0, rtol=self.rtol, atol=self.atol)
+        begun = start(op, b, x0, rtol=self.rtol, atol=self.atol, reads=interval == 1)
         length = max(1, min(self.restart or self.max_steps, op.size))
         r = begun.r
         d = torch.zeros_like(r)

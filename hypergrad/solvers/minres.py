@@ -21,6 +21,7 @@ from hypergrad.solvers.base import (
     check_system,
     choose,
     finish,
+    pick,
     start,
 )
 
@@ -83,7 +84,7 @@ class MINRES(Solver):
         """Return the solution of A x = b; see the class."""
         check_system(self, op, b, x0)
         interval = check_interval(self.check_every, b, "MINRES")
-        begun = start(op, b, x0, rtol=self.rtol, atol=self.atol)
+        begun = start(op, b, x0, rtol=self.rtol, atol=self.atol, reads=interval == 1)
         eps = torch.finfo(b.dtype).eps
         zero = torch.zeros((), dtype=b.dtype, device=b.device)
         residual = torch.linalg.vector_norm(begun.r)  # signed as in the recurrence; its size is norm(r_k)
@@ -116,11 +117,11 @@ class MINRES(Solver):
             safe = torch.where(moved, gamma, 1.0)
             cosine, sine = gamma_bar / safe, beta_new / safe
             direction = (v - epsilon_old * w_old - delta * w) / safe
-            w_old, w = w, torch.where(moved, direction, zero)
+            w_old, w = w, pick(moved, direction, 0.0, reads=begun.reads)
             d = torch.addcmul(d, w, torch.where(moved, cosine * residual, zero))
             residual = torch.where(moved, sine * residual, residual)
             active = moved & (residual > begun.tol)
-            v_old, v = v, torch.where(active, u / torch.where(active, beta_new, 1.0), zero)
+            v_old, v = v, pick(active, u / torch.where(active, beta_new, 1.0), 0.0, reads=begun.reads)
             beta = beta_new
 
         stopped = choose(active, Result.MAX_STEPS, choose(broken, Result.NON_FINITE, Result.SINGULAR))

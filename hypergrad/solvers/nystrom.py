@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hypergrad._result import Result
 from hypergrad.operators import Operator
-from hypergrad.solvers._sketch import apply_inverse, approximate, shifted_inverse
+from hypergrad.solvers._sketch import approximate, inverse, shifted_inverse
 from hypergrad.solvers.base import (
     Solution,
     Solver,
@@ -84,9 +84,9 @@ class Nystrom(Solver):
         low_rank = approximate(op, self.rank, self.seed)
         shift = torch.full((), self.damping, dtype=b.dtype, device=b.device)
         factor, exists = shifted_inverse(low_rank, shift)
-        d = apply_inverse(low_rank, factor, shift, begun.r)
-        d = torch.where(exists & torch.logical_not(low_rank.failed), d, 0.0)
+        apply, usable = inverse(low_rank, factor, exists, shift)
+        d = torch.where(usable, apply(begun.r), 0.0)
         residual_norm = torch.linalg.vector_norm(begun.r - op.mv(d))
         failed = choose(residual_norm.isfinite(), Result.NEGATIVE_CURVATURE, Result.NON_FINITE)
-        result = choose(exists & torch.logical_not(low_rank.failed), Result.SUCCESS, failed)
+        result = choose(usable, Result.SUCCESS, failed)
         return finish(begun, d, residual_norm, result, 0, low_rank.num_products + 1)

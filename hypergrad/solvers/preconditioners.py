@@ -7,12 +7,11 @@ from functools import partial
 from typing import final
 
 import torch
-from torch import Tensor
 
 from hypergrad.operators import Function, Operator
 from hypergrad.solvers._probes import rademacher
-from hypergrad.solvers._sketch import apply_inverse, approximate, shifted_inverse
-from hypergrad.solvers.base import Apply, Preconditioner, check_count, check_number
+from hypergrad.solvers._sketch import approximate, inverse, shifted_inverse
+from hypergrad.solvers.base import Apply, Preconditioner, check_count, check_number, largest
 
 
 @final
@@ -63,10 +62,10 @@ class HutchinsonDiagonal(Preconditioner):
         draw = partial(rademacher, op.size, seed=self.seed, dtype=op.dtype, device=op.device)
         z = torch.stack([draw(stream=stream) for stream in range(self.num_probes)])
         diagonal = (z * op.mm(z)).mean(0).abs()
-        largest = torch.linalg.vector_norm(diagonal, float("inf"))
-        diagonal = torch.maximum(diagonal, self.floor * torch.where(largest > 0, largest, 1.0))
+        top = largest(diagonal)
+        diagonal = torch.maximum(diagonal, self.floor * torch.where(top > 0, top, 1.0))
         # An infinite entry would make M zero there and hide that the operator is not finite.
-        diagonal = torch.where(largest < float("inf"), diagonal, float("nan"))
+        diagonal = torch.where(top < float("inf"), diagonal, float("nan"))
         return (lambda r: r / diagonal), self.num_probes
 
 
@@ -169,13 +168,12 @@ class NystromPreconditioner(Preconditioner):
         low_rank = approximate(op, self.rank, self.seed)
         if self.damping is None:
             factor, exists = shifted_inverse(low_rank, torch.zeros((), dtype=op.dtype, device=op.device))
-            inverse = torch.cholesky_inverse(factor)
-            shift = 1.0 / torch.linalg.vector_norm(inverse)
+            shift = 1.0 / torch.linalg.vector_norm(torch.cholesky_inverse(factor))
         else:
             shift = torch.full((), self.damping, dtype=op.dtype, device=op.device)
             factor, exists = shifted_inverse(low_rank, shift)
-        usable = exists & torch.logical_not(low_rank.failed)
-        return (lambda r: torch.where(usable, apply_inverse(low_rank, factor, shift, r), r)), low_rank.num_products
+        apply, _ = inverse(low_rank, factor, exists, shift)
+        return apply, low_rank.num_products
 
 
 @final
@@ -229,8 +227,8 @@ class PenaltyPreconditioner(Preconditioner):
                 "the lower loss as hg.Composite(outputs, criterion, penalty), give its optimizer weight decay, or add "
                 "damping; or use NystromPreconditioner() or HutchinsonDiagonal()."
             )
-        largest = torch.linalg.vector_norm(known, float("inf"))
-        root = torch.maximum(known, 1e-6 * torch.where(largest > 0, largest, 1.0)).rsqrt()
+        top = largest(known)
+        root = torch.maximum(known, 1e-6 * torch.where(top > 0, top, 1.0)).rsqrt()
         if self.rank == 0:
             return (lambda r: root * (root * r)), 0
         scaled = Function(
@@ -243,11 +241,5 @@ class PenaltyPreconditioner(Preconditioner):
         )
         low_rank = approximate(scaled, self.rank, self.seed)
         shift = torch.ones((), dtype=op.dtype, device=op.device)
-        factor, exists = shifted_inverse(low_rank, shift)
-        usable = (exists & torch.logical_not(low_rank.failed)).to(op.dtype)
-
-        def apply(r: Tensor) -> Tensor:
-            inside = root * r
-            return root * torch.lerp(inside, apply_inverse(low_rank, factor, shift, inside), usable)
-
-        return apply, low_rank.num_products
+        apply, _ = inverse(low_rank, *shifted_inverse(low_rank, shift), shift)
+        return (lambda r: root * apply(root * r)), low_rank.num_products

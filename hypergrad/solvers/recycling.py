@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hypergrad.operators import Operator
-from hypergrad.solvers.base import Apply, Preconditioner, Solution
+from hypergrad.solvers.base import Apply, Preconditioner, Solution, check_interval, pick
 from hypergrad.solvers.cg import CG
 
 
@@ -100,16 +100,17 @@ def solve_recycling(
         kept = state[:-1].view(2, count, op.size)
         preconditioned = replace(solver, preconditioner=Recycled(kept))
         solution = preconditioned.solve(noted, b, x0=state[-1] if warm_start else None)
-    fresh = [paired(v, product) for v, product in noted.products]
+    reads = check_interval(solver.check_every, b, "CG") == 1
+    fresh = [paired(v, product, reads=reads) for v, product in noted.products]
     old, directions, products = kept[:, len(fresh) :], [s for s, _ in fresh], [y for _, y in fresh]
     rows = [*old[0].unbind(0), *directions, *old[1].unbind(0), *products, solution.x]
     return solution, torch.stack(rows)  # one copy, straight into place
 
 
-def paired(v: Tensor, product: Tensor) -> tuple[Tensor, Tensor]:
+def paired(v: Tensor, product: Tensor, *, reads: bool) -> tuple[Tensor, Tensor]:
     """Return v and A v, scaled so that their dot product is 1; zeros where A is not positive along v."""
     curvature = torch.dot(v, product)
     least = torch.finfo(v.dtype).eps * torch.linalg.vector_norm(v) * torch.linalg.vector_norm(product)
     positive = (curvature > least) & (curvature < float("inf"))
     scale = torch.where(positive, curvature, 1.0).rsqrt()
-    return torch.where(positive, v * scale, 0.0), torch.where(positive, product * scale, 0.0)
+    return pick(positive, v * scale, 0.0, reads=reads), pick(positive, product * scale, 0.0, reads=reads)

@@ -220,7 +220,7 @@ def test_flags_of_own_steps_are_read_with_the_code_of_the_next_hypergradient() -
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.Tensor, "tolist", lambda t: (reads.append(t.numel()), original(t))[1])
         with pytest.raises(hg.NonFiniteError, match=r"'net' \(level 0\), own step 1, is not finite at step 0"):
-            faults._read(hg.Result.SUCCESS.tensor("cpu"))
+            faults._read([hg.Result.SUCCESS.tensor("cpu")])
     assert reads == [4] and not faults._pending
 
 
