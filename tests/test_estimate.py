@@ -113,8 +113,8 @@ def test_retained_tapes_are_in_the_record() -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2, 8])
 def test_communication_is_a_ring_of_flat_vectors(ranks: int) -> None:
-    """CG: 5 products and the cotangent, and the upper gradient; each all-reduce sends 2 (R - 1) / R of its size."""
-    expected = 2 * (ranks - 1) / ranks * (6 * INPUTS * OUTPUTS + OUTPUTS) * FLOAT
+    """CG: the outer gradient, F, 5 products and the mixed one; each all-reduce sends 2 (R - 1) / R of its size."""
+    expected = 2 * (ranks - 1) / ranks * (7 * INPUTS * OUTPUTS + 2 * OUTPUTS) * FLOAT
     assert one(hg.Implicit(hg.CG(5)), ranks=ranks).communication_bytes == round(expected)
 
 

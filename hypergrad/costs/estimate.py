@@ -21,6 +21,8 @@ from hypergrad.costs._counting import Counting
 from hypergrad.costs._meter import Meter, Rates, Reading
 from hypergrad.costs._table import Cost, Estimate, Estimates
 from hypergrad.costs._without_values import emptied, emptied_run, needs_values, run_again, shapes_only
+from hypergrad.costs.communication import hypergradient as sent_by
+from hypergrad.costs.communication import total_bytes
 from hypergrad.diagnosis._advice import describe
 from hypergrad.diagnosis._rehearsal import rehearse
 from hypergrad.engine import Engine
@@ -84,10 +86,10 @@ def estimate(
 
     .. math:: \text{time} = \frac{t_1 + \sum_\text{kernels} \big(t_0 + \max(\text{FLOPs} / F,\; \text{bytes} / B)\big)}
         {\text{the sum of one lower gradient}}, \qquad
-        \text{communication} = 2\, \frac{R - 1}{R}\, \big((p + 1)\, n + m\big)
+        \text{communication} = 2\, \frac{R - 1}{R}\, \big(a\, n + b\, m\big)
 
     with a nominal time t_1 of a call and t_0 of a launch, arithmetic rate F and bandwidth B, n and m the bytes of the
-    lower and upper parameters, R the ranks, p the products (for methods without second derivatives, their gradients).
+    lower and upper parameters, R the ranks, and the a and b vectors of each that the method's all-reduces hold.
     Each method runs whole, its lower run included, on tensors that have shapes but no values: every kernel of the
     forward and of both derivatives is counted, and each storage is followed from where it is made to where it is freed.
     Nothing is allocated; modules, data, generators and the accelerator are left alone.
@@ -319,11 +321,12 @@ def _cost(
         spent = meter.total - ran
         peak, saved = max((peak, saved), (meter.peak_bytes, meter.peak_saved_bytes))
         count = _count(meter, h.stats, "num_products") if solver is None else solver.num_products
-        vectors = (count or 0) + (_count(meter, h.stats, "num_gradients") or 0) + 1
+        gradients = _count(meter, h.stats, "num_gradients") or 0
     tasks = scene.tasks
     times = ((spent.seconds * tasks + rates.call) / one.seconds, ran.seconds * tasks / one.seconds)
     flat, upper = _bytes(scene.trajectory.end_flat), sum(_bytes(u) for u in scene.upper.values())
     taped = min(saved, peak - record)
+    messages = sent_by(method, scene.trajectory.num_steps, products=count or 0, gradients=gradients)
     return Cost(
         name=name,
         method=method,
@@ -335,7 +338,7 @@ def _cost(
         record_bytes=record * tasks,
         tape_bytes=taped * tasks,
         work_bytes=(peak - record - taped) * tasks + _generator_bytes(scene.trajectory.layout.device),
-        communication_bytes=round(2 * (ranks - 1) / ranks * (vectors * flat + upper)),
+        communication_bytes=round(total_bytes(messages, ranks=ranks, lower=flat, upper=upper)),
     )
 
 
