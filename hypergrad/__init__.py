@@ -10,7 +10,7 @@ from hypergrad.distributed import all_gather
 from hypergrad.engine import Engine
 from hypergrad.faults import NonFiniteError
 from hypergrad.history import History, Record
-from hypergrad.loss_scale import ScaledLoss
+from hypergrad.loss_scale import DynamicScale, ScaledLoss
 from hypergrad.methods import (
     BOME,
     F2SA,
@@ -69,6 +69,7 @@ __all__ = [
     "DataError",
     "Diagnoses",
     "Diagnosis",
+    "DynamicScale",
     "Engine",
     "Estimate",
     "Estimates",

@@ -96,6 +96,7 @@ def check_runner(runner: Runner, upper: Params) -> None:
         upper: the variables that its solution depends on.
     """
     problem = runner.problem
+    _check_micro_batches(runner)
     with untouched(runner.layout.device), torch.no_grad():
         if problem.start is not None:
             runner.start_values({})
@@ -108,6 +109,17 @@ def check_runner(runner: Runner, upper: Params) -> None:
         runner.check_project()
     if problem.method is not None and upper and problem.responds:
         _check_method(runner, problem.method, upper)
+
+
+def _check_micro_batches(runner: Runner) -> None:
+    """Raise a ValueError if a problem that reads tasks asks for micro-batches: its batches lead with tasks."""
+    read = runner.graph.reads[runner.name].accessed
+    by_task = [name for name, p in runner.graph.problems.items() if name in read and p.tasks is not None]
+    if runner.problem.micro_batches > 1 and by_task:
+        raise ValueError(
+            f"problem {runner.name!r}: micro_batches={runner.problem.micro_batches} cuts batches of samples, and it is "
+            f"evaluated task by task, for it reads {by_task[0]!r}, which has tasks. Bound the memory with chunk= there."
+        )
 
 
 def _check_method(runner: Runner, method: Method, upper: Params) -> None:

@@ -420,7 +420,7 @@ class Engine:
                 if "residual_norm" in pulled.stats:
                     residuals[member.name] = pulled.stats["residual_norm"]
         restore_random_state(after)
-        return Gradient(runner, value, grad, codes, batch, bool(lower), residuals)
+        return Gradient(runner, value, grad, codes, batch, bool(lower), residuals, (runner, *lower))
 
     def _task_gradient(
         self, runner: Runner, members: list[Runner], batch: Any, batches: dict[str, list[Any]], record: Record
@@ -478,7 +478,7 @@ class Engine:
         """Step the problem's optimizer along its gradient, as the same step written by hand would."""
         runner = gradient.runner
         if not self.faults.admits(gradient, record):
-            runner.skip()
+            runner.leave_out()
             return
         began = perf_counter()
         runner.apply(gradient.grad, gradient.value, gradient.batch)

@@ -46,6 +46,8 @@ class Gradient:
     """Whether levels below respond in it."""
     residuals: Mapping[str, Tensor]
     """Residual norms of the solves, by the problem solved."""
+    involved: tuple[Runner, ...] = ()
+    """The problem and those below that took part, whose scales an overflow is blamed on."""
 
 
 class Faults:
@@ -91,9 +93,16 @@ class Faults:
         if gradient.is_hypergradient:
             return self._admits_hypergradient(gradient, record)
         runner, value = gradient.runner, gradient.value
-        if self.on_nonfinite == "skip":
+        moves = runner.scale is not None and runner.scale.rule is not None
+        if self.on_nonfinite == "skip" or moves:
             finite = bool(torch.isfinite(value) & torch.isfinite(_norm(gradient)))
-            return finite or not _culprit(gradient)
+            found = "" if finite else _culprit(gradient)
+            if not found:
+                _note_good(gradient, record)
+                return True
+            return not _overflowed(gradient, record) and self._refuses(
+                f"gradient of {self._where(runner, runner.window_size)}: {found}"
+            )
         if value.device.type != "cpu":
             self._pending.append((runner, runner.window_size, torch.isfinite(value)))
             return True
@@ -117,7 +126,10 @@ class Faults:
             result = Result.NON_FINITE
         record.put(runner.name, "result", int(result))
         if not result.is_breakdown:
+            _note_good(gradient, record)
             return True
+        if result is Result.NON_FINITE and _overflowed(gradient, record):
+            return False
         where = f"hypergradient of {self._where(runner)}"
         if result is Result.NON_FINITE:
             return self._refuses(f"{where}{found and ', ' + found}")
@@ -156,6 +168,27 @@ class Faults:
     def _where(self, runner: Runner, index: int | None = None) -> str:
         own = "" if index is None or runner.problem.steps == 1 else f", own step {index},"
         return f"problem {runner.name!r} (level {runner.graph.level_of[runner.name]}){own}"
+
+
+def _note_good(gradient: Gradient, record: Record) -> None:
+    """Count a step without overflow for the scale of its problem's loss."""
+    runner = gradient.runner
+    if runner.scale is not None and runner.scale.rule is not None:
+        runner.scale = runner.scale.after_good()
+        record.put(runner.name, "loss_scale", runner.scale.value)
+
+
+def _overflowed(gradient: Gradient, record: Record) -> bool:
+    """Return whether scales can be blamed for a gradient that is not finite, and lower them if so."""
+    if not math.isfinite(gradient.value):
+        return False
+    lowered = False
+    for runner in gradient.involved:
+        lower = None if runner.scale is None else runner.scale.after_overflow()
+        if lower is not None:
+            runner.scale, lowered = lower, True
+            record.put(runner.name, "loss_scale", lower.value)
+    return lowered
 
 
 def _norm(gradient: Gradient) -> Tensor:

@@ -80,7 +80,9 @@ def fingerprint(batch: Any) -> str:
     digest = hashlib.sha256()
     for leaf in pytree.tree_leaves(batch):
         if isinstance(leaf, Tensor):
-            leaf = leaf.detach().cpu().contiguous().view(torch.uint8).numpy() if leaf.numel() else leaf.shape
+            leaf = leaf.detach().cpu()
+            leaf = leaf if leaf.layout is torch.strided else leaf.to_dense()
+            leaf = leaf.contiguous().reshape(-1).view(torch.uint8).numpy() if leaf.numel() else leaf.shape
         if isinstance(leaf, np.ndarray):
             digest.update(np.ascontiguousarray(leaf).tobytes())
         elif isinstance(leaf, (int, float, str, bytes, torch.Size)):

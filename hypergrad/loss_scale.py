@@ -1,9 +1,13 @@
-"""Losses whose derivatives are taken at a multiple of their size, so that float16 inside does not lose them."""
+"""Losses whose derivatives are taken at a multiple of their size, so that float16 inside does not lose them.
+
+`ScaledLoss` is the loss; `DynamicScale` and `Scale` say how large the multiple is as an engine goes.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -59,6 +63,100 @@ class ScaledLoss:
         return left(scalar(value, "the loss"), self.scale)
 
 
+@dataclass(frozen=True)
+class DynamicScale:
+    """A scale that follows what float16 can hold, for `Problem(loss_scale=...)`, as `torch.amp.GradScaler`'s does.
+
+    It begins at `initial`. A gradient that is not finite although its loss is has overflowed: that step is left out and
+    the scale divided by `factor`; after `interval` steps without that it is multiplied. A hypergradient that overflows
+    lowers the scales of all problems that took part. Once a scale is at `smallest` it is no longer to blame, and
+    `Engine(on_nonfinite=...)` decides, as it does for a loss that is not finite. All ranks look at the averaged
+    gradient, so that they agree; the scale is saved with the problem.
+
+    Cost: on an accelerator, one flag read back for each own step, as `on_nonfinite="skip"` reads it.
+
+    Args:
+        initial: the first scale, > 0.
+        factor: by which it grows and shrinks, > 1; powers of two round nothing.
+        interval: steps without overflow before it grows, >= 1.
+        smallest: below which it does not go, > 0 and at most `initial`.
+
+    Raises:
+        ValueError: for options out of range.
+
+    Example:
+        >>> import hypergrad as hg
+        >>> hg.DynamicScale(initial=2.0**12, interval=500).factor
+        2.0
+    """
+
+    initial: float = 2.0**16
+    factor: float = 2.0
+    interval: int = 2000
+    smallest: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Validate the options."""
+        check_scale(self.initial, "DynamicScale: initial")
+        check_scale(self.smallest, "DynamicScale: smallest")
+        check_scale(self.factor, "DynamicScale: factor")
+        if self.factor <= 1:
+            raise ValueError(f"DynamicScale: factor must be > 1, got {self.factor!r}.")
+        if self.smallest > self.initial:
+            raise ValueError(
+                f"DynamicScale: smallest={self.smallest!r} is above initial={self.initial!r}. Let it be at most that."
+            )
+        if isinstance(self.interval, bool) or not isinstance(self.interval, int) or self.interval < 1:
+            raise ValueError(f"DynamicScale: interval must be an int >= 1, got {self.interval!r}.")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The present scale of a problem's loss.
+
+    Attributes:
+        value: the scale.
+        num_good: steps without overflow since it changed.
+        rule: how it changes; None for one that stays.
+    """
+
+    value: float
+    num_good: int = 0
+    rule: DynamicScale | None = None
+
+    @staticmethod
+    def of(given: float | DynamicScale | None) -> Scale | None:
+        """Return where a problem's `loss_scale` begins."""
+        if given is None:
+            return None
+        return Scale(given.initial, rule=given) if isinstance(given, DynamicScale) else Scale(float(given))
+
+    def after_good(self) -> Scale:
+        """Return the scale after a step without overflow."""
+        if self.rule is None:
+            return self
+        if self.num_good + 1 < self.rule.interval:
+            return replace(self, num_good=self.num_good + 1)
+        grown = self.value * self.rule.factor
+        return replace(self, value=grown if grown < math.inf else self.value, num_good=0)
+
+    def after_overflow(self) -> Scale | None:
+        """Return the scale after an overflow; None if it cannot be lower."""
+        if self.rule is None or self.value <= self.rule.smallest:
+            return None
+        return replace(self, value=max(self.value / self.rule.factor, self.rule.smallest), num_good=0)
+
+    def state_dict(self) -> dict[str, float]:
+        """Return what changes."""
+        return {"value": self.value, "num_good": self.num_good}
+
+    def at(self, state: Mapping[str, Any]) -> Scale:
+        """Return the scale as it was saved; one that stays is what the problem says."""
+        if self.rule is None:
+            return self
+        return replace(self, value=float(state["value"]), num_good=int(state["num_good"]))
+
+
 def check_compile(loss: Loss | None) -> None:
     """Raise a ValueError if `loss`, whose gradient is to be compiled, is scaled."""
     if isinstance(loss, ScaledLoss):
@@ -72,6 +170,14 @@ def check_scale(scale: object, what: str) -> None:
     """Raise a ValueError unless `scale` is a finite number above zero."""
     if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
         raise ValueError(f"{what} must be a finite number > 0, such as 2.0**12, got {scale!r}.")
+
+
+def check_problem_scale(scale: object, what: str) -> None:
+    """Raise a ValueError unless `scale` is a scale that stays or one that moves."""
+    if isinstance(scale, str):
+        raise ValueError(f"{what} must be a finite number > 0, such as 2.0**12, or hg.DynamicScale(), got {scale!r}.")
+    if not isinstance(scale, DynamicScale):
+        check_scale(scale, what)
 
 
 def entered(params: Params, scale: float) -> Params:

@@ -16,7 +16,7 @@ from hypergrad._flat import Params
 from hypergrad._functional import arity
 from hypergrad.averaged import Split, split
 from hypergrad.composite import Composite
-from hypergrad.loss_scale import check_scale
+from hypergrad.loss_scale import DynamicScale, check_problem_scale
 from hypergrad.methods import ForwardUnrolled, Implicit, Method, Reptile, Unrolled
 
 After = Literal["continue", "rollback", "restart"]
@@ -68,8 +68,8 @@ class Problem:
         sharded: under a data-parallel engine, `data` yields this rank's own part of each batch, which is then not cut.
             A `DataLoader` with a `DistributedSampler` is recognised.
         loss_scale: what derivatives of the loss are multiplied by inside it and divided by outside, for float16 under
-            `torch.autocast` (see `ScaledLoss`); None for none. Steps whose gradients overflow are left out by
-            `Engine(on_nonfinite="skip")`.
+            `torch.autocast` (see `ScaledLoss`): a number, `DynamicScale()` for one that is lowered when gradients
+            overflow, such steps being left out, and raised again; None for none.
 
     Raises:
         ValueError: for every option out of range, naming the problem and the option.
@@ -100,7 +100,7 @@ class Problem:
     micro_batches: int = 1
     split: Split | None = None
     sharded: bool = False
-    loss_scale: float | None = None
+    loss_scale: float | DynamicScale | None = None
 
     def __post_init__(self) -> None:
         """Validate everything that can be told from this problem alone."""
@@ -139,7 +139,7 @@ class Problem:
         named = not isinstance(self.reads, str) and isinstance(self.reads, (Sequence, type(None)))
         self._check(named, "reads", self.reads, "None or a list of problems' names")
         if self.loss_scale is not None:
-            check_scale(self.loss_scale, f"problem {self.name!r}: loss_scale")
+            check_problem_scale(self.loss_scale, f"problem {self.name!r}: loss_scale")
         self._check_schedulers()
         self._check_data()
         self._check_combinations()

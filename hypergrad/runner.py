@@ -23,7 +23,7 @@ from hypergrad.distributed import Ranks, Signals
 from hypergrad.graph import Graph
 from hypergrad.history import Record
 from hypergrad.in_place import InPlace, ShardedLoss
-from hypergrad.loss_scale import ScaledLoss, entered, left
+from hypergrad.loss_scale import Scale, ScaledLoss, entered, left
 from hypergrad.methods import Method, ResponseMethod, best_response
 from hypergrad.network import Function, Network, own
 from hypergrad.optim import Bound, from_torch, read_options, read_state
@@ -84,6 +84,8 @@ class Runner:
         self.initial = snapshot(problem) | {"optimizer": {}} if begins_anew else None
         self.snapshot: dict[str, Any] | None = None
         self.warm: dict[str, Tensor] = {}
+        self.scale = Scale.of(problem.loss_scale)
+        """By what the derivatives of the loss are multiplied inside it at present."""
         self.fresh: list[Any] = []
         self.recording: Recording | None = None
         self._kept: tuple[list[dict[str, Any]], Recipe] | None = None
@@ -183,9 +185,15 @@ class Runner:
         return self._scaled(value)
 
     def _scaled(self, loss: Loss) -> Loss:
-        """Return a loss of this problem with its derivatives scaled inside, if the problem asks for that."""
-        scale = self.problem.loss_scale
-        return loss if scale is None else ScaledLoss(loss, scale)
+        """Return a loss of this problem with its derivatives scaled inside, as is right then, if the problem asks."""
+        if self.scale is None:
+            return loss
+
+        def value(lower: Params, upper: Params, batch: Any) -> Tensor:
+            assert self.scale is not None
+            return ScaledLoss(loss, self.scale.value)(lower, upper, batch)
+
+        return value
 
     def _as_loss(self, loss: Any) -> Loss:
         """Return a problem's loss as a function (lower, upper, batch) that methods may differentiate."""
@@ -444,7 +452,7 @@ class Runner:
         """Return loss, metrics and derivatives on one micro-batch; those that the loss does not depend on left out."""
         if self.in_place is None:
             value, metrics = self._evaluate(part, {})
-            scale = self.problem.loss_scale
+            scale = None if self.scale is None else self.scale.value
             bar = None if scale is None else torch.full_like(value, scale)
             tensors = torch.autograd.grad(value, list(leaves.values()), bar, allow_unused=True)
             given = {key: g for key, g in zip(leaves, tensors, strict=True) if g is not None}
@@ -520,7 +528,7 @@ class Runner:
         if self.ranks is not None:
             (flat,), upper = self.ranks.share([leaf]), self.ranks.share_params(above)
         overrides = seen | own(self.name, self.layout.unravel(flat)) | upper
-        scale = self.problem.loss_scale
+        scale = None if self.scale is None else self.scale.value
         if scale is not None:
             overrides = entered(overrides, scale)
         several = [self._evaluate(part, overrides) for part in parts]
@@ -544,7 +552,7 @@ class Runner:
             with torch.no_grad():
                 hyper = {name: self.hyper_value(name) for name in self.problem.hyper}
         self.stepper.take(grad, value, hyper, lambda: self.evaluate_again(batch))
-        self.skip()
+        self.count()
 
     def hyper_value(self, name: str) -> Any:
         """Return the present value of an optimizer's option that is a function of upper problems."""
@@ -557,7 +565,13 @@ class Runner:
         projected = self.problem.project(given)
         self.whole.check_like(projected, f"problem {self.name!r}: the result of project")
 
-    def skip(self) -> None:
+    def leave_out(self) -> None:
+        """Count the present step without taking it; a sweep through the record passes over it."""
+        if self.window and self.window[-1].index == self.window_size:
+            self.window[-1] = replace(self.window[-1], taken=False, taped=None, leaves=None)
+        self.count()
+
+    def count(self) -> None:
         """Count a step of the window, taken or left out."""
         self.num_steps += 1
         self.window_size += 1

@@ -63,6 +63,7 @@ def save(runner: Runner) -> dict[str, Any]:
         "initial": runner.initial,
         "snapshot": runner.snapshot,
         "window": _saved_window(runner),
+        "loss_scale": None if runner.scale is None else runner.scale.state_dict(),
     }
 
 
@@ -75,6 +76,11 @@ def check(runner: Runner, state: Mapping[str, Any]) -> None:
         raise ValueError(
             f"problem {runner.name!r}: the state was saved from another module; they differ in {differing}. Build "
             "the same module as the one that was saved."
+        )
+    if (runner.scale is None) != (state["loss_scale"] is None):
+        raise ValueError(
+            f"problem {runner.name!r}: one of this problem and the saved one has a loss_scale and the other none. Give "
+            "it the same."
         )
     if (runner.source is None) != (state["data"] is None) or len(runner.stepper.schedulers) != len(state["schedulers"]):
         raise ValueError(
@@ -100,6 +106,8 @@ def load(runner: Runner, state: Mapping[str, Any], runners: Mapping[str, Runner]
     runner.warm = {name: v.to(runner.layout.device) for name, v in state["warm"].items()}
     runner.initial, runner.snapshot = copy.deepcopy(state["initial"]), copy.deepcopy(state["snapshot"])
     _load_window(runner, state["window"], runners)
+    if runner.scale is not None:
+        runner.scale = runner.scale.at(state["loss_scale"])
 
 
 def _outlives_a_step(runner: Runner) -> bool:
@@ -121,6 +129,7 @@ def _saved_step(step: Step) -> dict[str, Any]:
         "records": None if around is None else {name: _saved_record(r) for name, r in around.records.items()},
         "constants": None if around is None else dict(around.constants),
         "index": step.index,
+        "taken": step.taken,
         "random": save_random(step.random),
         "flat": step.flat,
         "states": step.states,
@@ -154,7 +163,7 @@ def _loaded_step(runner: Runner, saved: Mapping[str, Any], runners: Mapping[str,
         batch = Surrounded(batch, records, saved["constants"])
     random = load_random(saved["random"], runner.layout.device)
     recipe = runner.recipe(replace(bound, groups=groups))
-    return Step(recipe, batch, saved["index"], random, saved["flat"], saved["states"])
+    return Step(recipe, batch, saved["index"], random, saved["flat"], saved["states"], taken=saved["taken"])
 
 
 def _loaded_record(runner: Runner, saved: Mapping[str, Any], runners: Mapping[str, Runner]) -> Trajectory:

@@ -84,6 +84,8 @@ class Step:
     leaves: tuple[Tensor, Params] | None = None
     versions: tuple[int, ...] = ()
     """Those of the upper leaves when the tape was made; they share memory with the caller's tensors."""
+    taken: bool = True
+    """Whether the step was taken; one left out, for its gradient was not finite, changes nothing."""
 
     def lower_loss(self, flat: Tensor, upper: Params) -> Tensor:
         """Return the lower loss of this step at `flat`, a scalar."""
@@ -107,6 +109,8 @@ class Step:
         self, flat: Tensor, states: States, upper: Params, *, create_graph: bool = False, compile: Compile = False
     ) -> tuple[Tensor, States]:
         """Return what this step makes of (flat, states): the step map, differentiable with `create_graph`."""
+        if not self.taken:
+            return flat, states
         if compile and not create_graph:
             with torch.no_grad():
                 grad = self._compiled_gradient(flat, upper, compile)
@@ -131,6 +135,8 @@ class Step:
         One evaluation of the gradient and one product; where the gradient was taped, the product alone. `compile`
         compiles both; the optimizer's update stays eager, so that its step count may be a Python number.
         """
+        if not self.taken:
+            return *cotangents, {}
         if not by_autograd():
             return self._pull_by_transform(flat, states, upper, cotangents)
         if isinstance(self.recipe.loss, Averaged) and self.taped is None and not in_transform():
@@ -207,6 +213,8 @@ class Step:
 
         Built from two reverse passes: the pullback is linear in its cotangents, and its transpose is the derivative.
         """
+        if not self.taken:
+            return lambda w_dot, s_dot, u_dot: (w_dot, s_dot)  # noqa: ARG005
 
         def step(w: Tensor, s: list[Tensor], u: Params) -> tuple[Tensor, list[Tensor]]:
             new, new_states = self.advance(w, with_tensors(states, s), u, create_graph=True)

@@ -130,7 +130,7 @@ def test_scales_out_of_range_are_refused(scale: Any) -> None:
     with pytest.raises(ValueError, match=r"scale must be a finite number > 0, such as 2.0\*\*12, got"):
         hg.ScaledLoss(curved, scale)
     net = nn.Linear(1, 1)
-    with pytest.raises(ValueError, match="problem 'net': loss_scale must be a finite number > 0"):
+    with pytest.raises(ValueError, match="problem 'net': loss_scale must be a finite number > 0, such as 2.0"):
         hg.Problem(
             "net", module=net, loss=lambda m, b: m, optimizer=torch.optim.SGD(net.parameters()), loss_scale=scale
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import convex_cases as cases
@@ -58,10 +59,54 @@ def test_ranks_make_the_union_batch_in_the_functional_form() -> None:
         _close(found, _hypergradient(name.split(" ")[0]))
 
 
-@pytest.mark.parametrize("method", ["cg", "gauss_newton", "unrolled", "unrolled_retain", "sama", "penalty"])
+@pytest.mark.parametrize("method", ec.METHODS)
 def test_micro_batches_in_the_engine(method: str) -> None:
-    whole = ec.run(ec.two_levels, 4, method, torch.float64)
-    assert max(ec.gap(ec.run(ec.two_levels, 4, method, torch.float64, micro_batches=4), whole)) <= 1e-10
+    whole = ec.run(ec.two_levels, 3, method, torch.float64)
+    assert max(ec.gap(ec.run(ec.two_levels, 3, method, torch.float64, micro_batches=4), whole)) <= 1e-10
+
+
+PENALIZED = {"response": lambda m, b: ec.lower_loss(m, b)[0] + 0.1 * m.net.weight.square().sum()}
+GRAPHS: dict[str, tuple[Callable[..., ec.Setup], tuple[Any, ...], dict[str, Any]]] = {
+    "fomaml": (ec.first_order_meta, ("fomaml",), {}),
+    "maml": (ec.first_order_meta, ("maml",), {}),
+    "reptile": (ec.first_order_meta, ("reptile",), {}),
+    "three levels, implicit": (ec.three_levels, (hg.Implicit(hg.CG(8, rtol=1e-13)),), {}),
+    "three levels, unrolled": (ec.three_levels, (hg.Unrolled(),), {}),
+    "a response": (ec.two_levels, ("cg",), PENALIZED),
+    "a penalized response": (ec.two_levels, ("penalty",), PENALIZED),
+    "a learned decay": (ec.two_levels, ("one_step",), {"hyper": {"weight_decay": lambda m: m.weights.decay.exp()[0]}}),
+    "a learned rate": (ec.two_levels, ("unrolled",), {"hyper": {"lr": lambda m: 0.1 * m.weights.decay.exp()[0]}}),
+    "scaled": (ec.two_levels, ("cg",), {"loss_scale": 256.0}),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if "three" in name else name for name in GRAPHS]
+)
+def test_micro_batches_of_every_level(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    build, arguments, options = GRAPHS[name]
+    problem = hg.Problem
+
+    def run(count: int) -> list[dict[str, list[float]]]:
+        def cut(name: str, **given: Any) -> hg.Problem:
+            own = options if name == "net" else {}
+            return problem(name, **given | own | {"micro_batches": count})
+
+        monkeypatch.setattr(hg, "Problem", cut)
+        return ec.run(build, 2, *arguments, torch.float64)
+
+    assert max(ec.gap(run(4), run(1))) <= 1e-10
+
+
+def test_micro_batches_above_tasks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = hg.Problem
+
+    def cut(name: str, **given: Any) -> hg.Problem:
+        return problem(name, **given | ({"micro_batches": 2} if name == "meta" else {}))
+
+    monkeypatch.setattr(hg, "Problem", cut)
+    with pytest.raises(ValueError, match=r"'meta': micro_batches=2 .* task by task, for it reads 'net', which has tas"):
+        ec.tasks(torch.float64)
 
 
 def test_derivatives_of_the_rule() -> None:

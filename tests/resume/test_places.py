@@ -96,6 +96,22 @@ def test_a_loader_of_its_own_generator_is_begun_once() -> None:
     assert all(map(torch.equal, found, (batch[0] for batch in plain)))
 
 
+@pytest.mark.parametrize("extra", [torch.tensor(0.5), torch.eye(3).to_sparse(), torch.zeros(0), 7, "name", None])
+def test_batches_hold_whatever_they_like(extra: Any) -> None:
+    def data() -> DataLoader[Any]:
+        whole = [(row, extra) for row in X.split(4)]
+        return DataLoader(whole, batch_size=None, shuffle=True, collate_fn=lambda sample: sample)  # type: ignore
+
+    torch.manual_seed(1)
+    engine = simple(data())
+    batches(engine, 3)
+    state = engine.state_dict()
+    expected = batches(engine, 4)
+    other = simple(data())
+    other.load_state_dict(state)
+    assert all(map(torch.equal, batches(other, 4), expected))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
