@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import hypergrad as hg
-from hypergrad import store
+from hypergrad import Stats, store
 
 
 class Data:
@@ -30,7 +31,9 @@ class Data:
             yield torch.full((4,), float("nan") if k in self.bad else 0.1 * k)
 
 
-def build(lower: Data, upper: Data | None = None, *, steps: int = 3, **options: Any) -> hg.Engine:
+def build(
+    lower: Data, upper: Data | None = None, *, steps: int = 3, method: hg.Method | None = None, **options: Any
+) -> hg.Engine:
     torch.manual_seed(0)
     net, weight = nn.Linear(4, 1), nn.Linear(4, 1)
 
@@ -49,7 +52,7 @@ def build(lower: Data, upper: Data | None = None, *, steps: int = 3, **options: 
                 optimizer=torch.optim.Adam(net.parameters(), lr=0.05),
                 data=lower,
                 steps=steps,
-                method=hg.Implicit(hg.CG(3), damping=0.1),
+                method=method or hg.Implicit(hg.CG(3), damping=0.1),
             ),
             hg.Problem(
                 "weight",
@@ -289,3 +292,55 @@ def test_state_and_names_of_foreign_checkpoints_are_refused(tmp_path: Path) -> N
     store.check(written)
     assert store.read(written, "a") == [2]
     assert sorted(os.listdir(tmp_path)) == ["step-00000001"]
+
+
+class Spoiled(hg.ResponseMethod):
+    """`OneStep`, spoiled at its second call: an entry of what it pulls back, or the residual it reports."""
+
+    def __init__(self, what: str) -> None:
+        self.what, self.calls = what, 0
+
+    def vjp(self, trajectory: Any, upper: Any, cotangent: Tensor, state: Tensor | None = None) -> hg.Pulled:
+        pulled = hg.OneStep(step_size=0.1).vjp(trajectory, upper, cotangent, state)
+        self.calls += 1
+        if self.calls != 2 or "loss" in self.what:
+            return pulled
+        if self.what == "residual":
+            return replace(pulled, stats=Stats(residual_norm=torch.tensor(float("inf"))))
+        grad = {name: g.clone() for name, g in pulled.grad.items()}
+        next(iter(grad.values())).view(-1)[0] = float("nan")
+        return replace(pulled, grad=grad)
+
+
+NAMED = {
+    "loss": r"loss of problem 'net' \(level 0\), own step 0, is nan at step 1",
+    "upper loss": r"hypergradient of problem 'weight' \(level 1\), its loss is nan at step 1",
+    "hypergradient": r"problem 'weight' \(level 1\), 1 of 4 entries for 'weight' are not finite at step 1",
+    "residual": r"'weight' \(level 1\), the residual of the solve for 'net' is inf at step 1",
+}
+
+
+@pytest.mark.parametrize("policy", ["raise", "skip", "rollback"])
+@pytest.mark.parametrize("fault", NAMED)
+def test_every_fault_has_the_outcome_of_the_policy(fault: str, policy: Any) -> None:
+    """The fault comes in the second step: what is left out, or taken again, is what the policy says."""
+    lower, upper = Data(bad=(3,) if fault == "loss" else ()), Data(bad=(1,) if fault == "upper loss" else ())
+    engine = build(lower, upper, on_nonfinite=policy, method=Spoiled(fault))
+    engine.step()
+    before = values(engine)
+    if policy == "raise":
+        with pytest.raises(hg.NonFiniteError, match=NAMED[fault]):
+            engine.step()
+        assert all(v.isfinite().all() for v in values(engine))
+        return
+    record = engine.step()
+    net, top = (engine.graph.problems[name].optimizer.state_dict()["state"][0]["step"] for name in ("net", "weight"))
+    if policy == "rollback":
+        assert record["rollbacks"] == 1 and (net, top) == (6, 2)
+    elif fault == "loss":
+        assert (net, top) == (5, 2)
+    else:
+        assert (net, top) == (6, 1) and same(before[2:], values(engine)[2:])
+    engine.run(2)
+    assert all(v.isfinite().all() for v in values(engine))
+    assert not same(before[2:], values(engine)[2:])
