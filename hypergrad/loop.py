@@ -12,7 +12,7 @@ from hypergrad.callbacks.base import Callback, Runnable, logs
 from hypergrad.callbacks.checkpoint import Checkpoint
 from hypergrad.distributed import Ranks, Signals
 from hypergrad.distributed.launch import gather_objects
-from hypergrad.distributed.silence import PATIENCE, RankError, silent_ranks
+from hypergrad.distributed.silence import PATIENCE, RankError, of_a_collective, silent_ranks
 from hypergrad.history import History, Record
 from hypergrad.source import DataError
 from hypergrad.store import newest
@@ -62,17 +62,18 @@ def run(engine: Steppable, num_steps: int, callbacks: Iterable[Callback], resume
                     listener.load_state_dict(states[name])
             if any(named(listeners)[name].should_stop for name in states if name in named(listeners)):
                 return history
-            for _ in range(num_steps):
+            for number in range(1, num_steps + 1):
                 record = engine.step()
                 history.append(record)
                 for listener in listeners:
                     listener.on_step(engine, record)
+                if "stop" in engine.signals.agreed:
+                    break
                 if any(listener.should_stop for listener in listeners):
                     if engine.ranks is None:
                         break
-                    engine.signals.request("stop")  # every rank stops after its next step
-                if "stop" in engine.signals.agreed:
-                    break
+                    if number < num_steps:  # every rank stops after its next step; no later run is to
+                        engine.signals.request("stop")
     finally:
         engine.listeners, engine.listening = (), {}
     return history
@@ -86,7 +87,9 @@ def _naming_the_dead(engine: Steppable) -> Iterator[None]:
     except (SolveError, DataError):
         raise
     except RuntimeError as error:
-        gone = [] if engine.ranks is None else silent_ranks(engine.ranks)
+        if engine.ranks is None or not of_a_collective(error):
+            raise
+        gone = silent_ranks(engine.ranks)
         if not gone:
             raise
         raise RankError(

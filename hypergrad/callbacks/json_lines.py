@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import time
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
@@ -19,8 +21,9 @@ class JSONLines(Callback):
 
     A line holds "step", "time" (seconds since 1970), every "problem.quantity" of the record, and "seconds.<phase>",
     what each phase took since the line before. Values that are not finite are written as null. Lines are flushed at
-    once. A run that goes on drops the lines of steps that it takes again, and one cut short, so that the file reads as
-    if it had never been interrupted; a run from the beginning begins the file anew. `hypergrad plot PATH` draws it.
+    once; where the disk refuses them the run goes on with a warning, and they are tried again with the next. A run that
+    goes on drops the lines of steps that it takes again, and those not written whole, so that the file reads as if it
+    had never been interrupted; a run from the beginning begins the file anew. `hypergrad plot PATH` draws it.
 
     Args:
         path: of the file; made with its folder if need be.
@@ -58,14 +61,24 @@ class JSONLines(Callback):
         line |= {key: _finite(value) for key, value in record.numbers().items() if key != "step"}
         line |= {f"seconds.{phase}": s - self._spent.get(phase, 0.0) for phase, s in engine.seconds.items()}
         self._spent = dict(engine.seconds)
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        with self._disk():
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
 
     def on_end(self, engine: Runnable, history: History) -> None:  # noqa: ARG002
         """Close the file."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        file, self._file = self._file, None
+        if file is not None:
+            with self._disk():
+                file.close()
+
+    @contextlib.contextmanager
+    def _disk(self) -> Iterator[None]:
+        """Warn where the disk refuses in the body: what was not written is kept, and tried with the next line."""
+        try:
+            yield
+        except OSError as error:
+            warnings.warn(f"{self.path} could not be written: {error}. The run goes on.", RuntimeWarning, stacklevel=4)
 
 
 def _finite(value: float) -> float | None:
@@ -73,8 +86,12 @@ def _finite(value: float) -> float | None:
 
 
 def _lines(path: Path) -> list[Mapping[str, float]]:
-    """Return the whole lines of a file; none where there is no file."""
+    """Return the lines of a file that were written whole; none where there is no file."""
     if not path.is_file():
         return []
-    whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-    return [json.loads(line) for line in whole]
+    whole = [line for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if line]
+    found = []
+    for line in whole:
+        with contextlib.suppress(json.JSONDecodeError):  # a disk that was full, or lost its power
+            found.append(json.loads(line))
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from pathlib import Path
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
@@ -15,6 +16,19 @@ PATIENCE = 10.0
 
 class RankError(RuntimeError):
     """A process that trains with this one is gone; the message names its rank."""
+
+
+def of_a_collective(error: BaseException) -> bool:
+    """Return whether an error was raised by `torch.distributed`, and not by this process's own losses or data."""
+    if isinstance(error, dist.DistError):
+        return True
+    innermost = error.__traceback__
+    while innermost is not None and innermost.tb_next is not None:
+        innermost = innermost.tb_next
+    return innermost is not None and Path(innermost.tb_frame.f_code.co_filename).is_relative_to(_TORCH_DISTRIBUTED)
+
+
+_TORCH_DISTRIBUTED = Path(dist.__file__).parent
 
 
 def silent_ranks(ranks: Ranks) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import resource
 import signal
 import sys
 import threading
@@ -57,6 +58,28 @@ def test_json_lines_go_on_where_the_run_does_and_drop_a_line_cut_short(tmp_path:
     assert [line["upper.loss"] for line in lines(file)] == whole
     engine().run(1, callbacks=[hg.callbacks.JSONLines(file)])
     assert [line["step"] for line in lines(file)] == [0]
+
+
+def test_a_full_disk_does_not_end_the_run(tmp_path: Path) -> None:
+    """The limit on the size of files stands in for the disk; once there is room, nothing is missing."""
+    file = tmp_path / "log.jsonl"
+
+    class Fill(hg.callbacks.Callback):
+        def on_step(self, engine: Any, record: hg.Record) -> None:
+            soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (700 if 2 <= record["step"] < 5 else hard, hard))
+
+    with pytest.warns(RuntimeWarning, match="log.jsonl could not be written: .*File too large.*The run goes on"):
+        history = engine().run(8, callbacks=[Fill(), hg.callbacks.JSONLines(file, every=1)])
+    assert len(history) == 8
+    assert [line["step"] for line in lines(file)] == list(range(8))
+
+
+def test_lines_that_were_not_written_whole_are_dropped(tmp_path: Path) -> None:
+    file = tmp_path / "log.jsonl"
+    file.write_bytes(b'{"step": -1}\n{"step": -\x00\x00\n\n{"step": -2}\n{"step"')
+    engine().run(1, callbacks=[hg.callbacks.JSONLines(file, every=1)])
+    assert [line["step"] for line in lines(file)] == [-1, -2, 0]
 
 
 def test_values_that_are_not_finite_are_null(tmp_path: Path) -> None:

@@ -179,6 +179,23 @@ def _agreements() -> dict[str, Any]:
     return {"begun": begun, "steps": len(history["weights.loss"]), "draws": draws, "own": own}
 
 
+def _stopped_twice() -> list[int]:
+    engine, _ = ec.two_levels("cg", torch.float64, distributed=True)
+
+    def stopping() -> list[hg.callbacks.Callback]:
+        return [hg.callbacks.EarlyStopping("weights.loss", patience=2, min_change=1e9)]
+
+    counts = []
+    for steps, callbacks in ((6, stopping()), (2, []), (3, stopping()), (2, [])):
+        counts.append(len(engine.run(steps, callbacks=callbacks)))
+    return counts
+
+
+def test_a_request_to_stop_ends_no_later_run() -> None:
+    """Ranks stop one step after the callback asks, and where that is the last step anyway nothing is left over."""
+    assert run_ranks(2, _stopped_twice) == [[4, 2, 3, 2]] * 2
+
+
 def _noisy_data() -> Any:
     x, y = (torch.cat(tensors) for tensors in zip(*ec.batches(4, torch.float64), strict=True))
     return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=16, shuffle=True)

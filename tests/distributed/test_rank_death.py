@@ -13,10 +13,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from processes import free_port
+from processes import free_port, run_ranks
 from test_rank_checkpoints import build
 
 import hypergrad as hg
+from hypergrad.distributed import silence
 from hypergrad.distributed.silence import RankError
 
 LIMIT = 60.0
@@ -59,3 +60,26 @@ def test_the_others_end_with_an_error_that_names_it(tmp_path: Path) -> None:
     assert processes[1].exitcode == -signal.SIGKILL
     assert "step 2: a collective failed and no sign of life came from rank 1" in (tmp_path / "error-0").read_text()
     assert hg.callbacks.Checkpoint.latest(tmp_path / "saved") is not None
+
+
+def _out_of_memory() -> str:
+    silence.PATIENCE = 3.0
+    engine = build()
+    engine.step()
+    if dist.get_rank() == 1:
+
+        def fails(*_: Any) -> Any:
+            raise RuntimeError("out of memory")
+
+        engine.runners["net"].partials = fails  # type: ignore[method-assign]
+    try:
+        engine.run(5)
+    except RuntimeError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def test_a_rank_that_raises_says_what_and_the_others_name_it() -> None:
+    first, second = run_ranks(2, _out_of_memory)
+    assert second == "RuntimeError: out of memory"
+    assert first.startswith("RankError: step 1: a collective failed and no sign of life came from rank 1")
