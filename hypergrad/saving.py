@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -39,6 +40,11 @@ def load_all(runners: Mapping[str, Runner], state: Mapping[str, Any]) -> None:
         )
     for name, runner in runners.items():
         check(runner, state["problems"][name])
+    sources = {name: runner.source for name, runner in runners.items() if runner.source is not None}
+    with ExitStack() as unless_all:  # one of them may find that its data differ
+        for name, source in sources.items():
+            unless_all.enter_context(source.kept())
+            source.load_state_dict(state["problems"][name]["data"])
     for name, runner in runners.items():
         load(runner, state["problems"][name], runners)
     restore_random_state(load_random(state["random"], _device(runners)))
@@ -77,15 +83,37 @@ def check(runner: Runner, state: Mapping[str, Any]) -> None:
             f"problem {runner.name!r}: the state was saved from another module; they differ in {differing}. Build "
             "the same module as the one that was saved."
         )
+    _check_optimizer(runner, state["optimizer"])
     if (runner.scale is None) != (state["loss_scale"] is None):
         raise ValueError(
             f"problem {runner.name!r}: one of this problem and the saved one has a loss_scale and the other none. Give "
             "it the same."
         )
-    if (runner.source is None) != (state["data"] is None) or len(runner.stepper.schedulers) != len(state["schedulers"]):
+    source, data = runner.source, state["data"]
+    fits = data is None if source is None else data is not None and source.fits(data)
+    if not fits or len(runner.stepper.schedulers) != len(state["schedulers"]):
         raise ValueError(
             f"problem {runner.name!r}: the state was saved from a problem with other data or schedulers. Give it "
             "the same."
+        )
+
+
+def _check_optimizer(runner: Runner, state: Mapping[str, Any]) -> None:
+    """Raise a ValueError unless `state` is of an optimizer like this problem's: its groups and their options."""
+    optimizer = runner.problem.optimizer
+    present = optimizer.state_dict()["param_groups"]
+    sizes = [[len(group["params"]) for group in groups] for groups in (present, state["param_groups"])]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"problem {runner.name!r}: the state was saved from an optimizer with {sizes[1]} parameters in its groups, "
+            f"and this one has {sizes[0]}. Give it the same groups."
+        )
+    known = {key for group in present for key in group}
+    saved = {key for group in state["param_groups"] for key in group}
+    if known - saved and saved - known:  # one of the two alone: other versions of torch know other options
+        raise ValueError(
+            f"problem {runner.name!r}: the state was saved from another optimizer than {type(optimizer).__name__}: it "
+            f"has {sorted(saved - known)} and lacks {sorted(known - saved)}. Give it the same."
         )
 
 
@@ -100,8 +128,6 @@ def load(runner: Runner, state: Mapping[str, Any], runners: Mapping[str, Runner]
     runner.problem.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # torch keeps what it is given
     for scheduler, saved in zip(runner.problem.schedulers(), state["schedulers"], strict=True):
         scheduler.load_state_dict(copy.deepcopy(saved))
-    if runner.source is not None:
-        runner.source.load_state_dict(state["data"])
     runner.num_steps = state["num_steps"]
     runner.warm = {name: v.to(runner.layout.device) for name, v in state["warm"].items()}
     runner.initial, runner.snapshot = copy.deepcopy(state["initial"]), copy.deepcopy(state["snapshot"])

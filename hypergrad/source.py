@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -136,12 +137,38 @@ class Source:
         began = None if self.began is None else self.began.state_dict()
         return state | {"began": began, "last": fingerprint(self._last)}
 
+    def fits(self, state: Mapping[str, Any]) -> bool:
+        """Return whether `state` was saved from data of this kind: with as many generators, and with its own state."""
+        ours, theirs = place(self.problem.data), state["now"]
+        alike = len(ours["generators"]) == len(theirs["generators"])
+        sampler = (ours["epoch"] is None) == (theirs["epoch"] is None)
+        return alike and sampler and ("own" not in state or isinstance(self.problem.data, Resumable))
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go to where `state` was: by the data's own state, or by iterating anew from its draws and skipping.
 
         Raises:
-            ValueError: if other batches come than those that came then.
+            ValueError: if other batches come than those that came then; nothing is changed then.
         """
+        with self.kept():
+            self._go_to(state)
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """Be where it was, and with it the generators, if the body raises."""
+        data: Any = self.problem.data
+        present, here = _Draws.now(data), dict(vars(self))
+        own = copy.deepcopy(data.state_dict()) if isinstance(data, Resumable) else None
+        try:
+            yield
+        except BaseException:
+            vars(self).update(here)
+            present.restore(data)
+            if own is not None:
+                data.load_state_dict(own)
+            raise
+
+    def _go_to(self, state: Mapping[str, Any]) -> None:
         data: Any = self.problem.data
         self._iterator, self._glance, self.began, self.drawn, self._last = None, None, None, 0, []
         present = random_state(_HOST)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -154,6 +155,57 @@ def test_data_that_does_not_repeat_is_refused() -> None:
         simple(Drifting(1)).load_state_dict(engine.state_dict())
     with pytest.raises(ValueError, match="gives other batches"):
         simple([(X,), (X,)]).load_state_dict(engine.state_dict())
+
+
+def test_a_state_that_does_not_fit_changes_nothing() -> None:
+    """Neither modules nor the place in the data, whatever it is that differs."""
+
+    def two(*, optimizer: Any = torch.optim.Adam, data: Any = None, groups: bool = False) -> hg.Engine:
+        torch.manual_seed(0)
+        nets = [nn.Linear(3, 1), nn.Linear(3, 1)]
+        problems = []
+        for name, net in zip(("lower", "upper"), nets, strict=True):
+            parameters = [{"params": [p]} for p in net.parameters()] if groups else net.parameters()
+            problems.append(
+                hg.Problem(
+                    name,
+                    module=net,
+                    loss=lambda m, b: ((m.lower(b[0]) - m.upper(b[0])) ** 2).mean() + (m.lower.weight**2).sum(),
+                    optimizer=optimizer(parameters, lr=0.1),
+                    data=data if data is not None and name == "upper" else own_generator(),
+                    method=hg.OneStep() if name == "lower" else None,
+                )
+            )
+        return hg.Engine(problems)
+
+    class Other(DataLoader[Any]):
+        """The same rows, the other way round."""
+
+        def __iter__(self) -> Any:
+            return iter([[row] for row in reversed(X.split(4))])
+
+    other_rows = Other(TensorDataset(X), batch_size=4, generator=torch.Generator())
+    saved = two()
+    saved.run(3)
+    state = saved.state_dict()
+    for other, message in (
+        (two(optimizer=torch.optim.SGD), r"'lower': .* another optimizer than SGD: it has \['amsgrad'.*lacks \['damp"),
+        (two(groups=True), r"'lower': .* optimizer with \[2\] parameters in its groups, and this one has \[1, 1\]"),
+        (two(data=[(X,), (X,), (X,), (X,)]), "'upper': .* with other data or schedulers"),
+        (two(data=other_rows), "'upper': its data gives other batches"),
+    ):
+        other.run(2)
+        before = other.state_dict()
+        with pytest.raises(ValueError, match=message):
+            other.load_state_dict(state)
+        assert same(other.state_dict(), before)
+        again = copy.deepcopy(other.run(2)["lower.loss"])
+        twin = two(
+            optimizer=type(other.graph.problems["lower"].optimizer),
+            groups=len(other.graph.problems["lower"].optimizer.param_groups) > 1,
+            data=other.graph.problems["upper"].data if "upper" in message else None,
+        )
+        assert twin.run(4)["lower.loss"][2:] == again
 
 
 def test_a_window_of_a_level_between_is_saved_with_the_runs_below_it() -> None:
