@@ -9,6 +9,7 @@ compile anew. The first product on each set of shapes is compared with an eager 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -29,9 +30,6 @@ from hypergrad._untouched import called_modules, on_copies
 
 Compile = bool | str
 """Whether to compile: False, True for torch's default backend, or the name of a backend of `torch.compile`."""
-
-_DEFAULT: dict[str, Any] = {"backend": "inductor", "options": {"layout_optimization": False}}
-"""Torch's default backend, without the one pass that made second derivatives of convolutions wrong."""
 
 COMPILE = "a bool, or the name of a backend of torch.compile"
 
@@ -103,26 +101,21 @@ def compiled_gradient(
     if found.modules is None:
         with torch.no_grad():
             found.modules = WeakSet(called_modules(lambda: found.loss(*arguments)))
-        _check_no_draws(layout.device, state)
-    from torch._dynamo.exc import TorchDynamoException  # importing it takes seconds
-
+        check_no_draws(layout.device, state)
     variant = _variant(part, upper, constants, batches)
     right = found.right.get(variant)
     with on_copies(found.modules), _retained():
         if right is False:
             return found.eager(*arguments)
-        try:
-            with compiled_again():
-                grad = found.compiled(*arguments)
-        except TorchDynamoException as error:
-            raise ValueError(_refusal(str(error))) from error
+        with compiled_again(), explained():
+            grad = found.compiled(*arguments)
         inputs = [x for x in (part, *upper.values()) if x.requires_grad]
         if right is None and inputs and torch.is_grad_enabled():
             eager = found.eager(*arguments)
             found.right[variant] = agrees(grad, eager, inputs, compile=compile)
             if not found.right[variant]:
                 grad = eager
-    _check_no_draws(layout.device, state)
+    check_no_draws(layout.device, state)
     return grad
 
 
@@ -130,6 +123,17 @@ def _variant(*arguments: Any) -> tuple[Any, ...]:
     """Return what the compiler makes code of its own for: shapes, dtypes and which tensors require grad."""
     tensors = [x for x in pytree.tree_leaves(arguments) if isinstance(x, Tensor)]
     return tuple((x.shape, x.dtype, x.requires_grad) for x in tensors)
+
+
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+    """Turn the compiler's refusals into a ValueError that names the remedy."""
+    from torch._dynamo.exc import TorchDynamoException  # importing it takes seconds
+
+    try:
+        yield
+    except TorchDynamoException as error:
+        raise ValueError(_refusal(str(error))) from error
 
 
 def _refusal(error: str) -> str:
@@ -184,17 +188,28 @@ class _Compiled:
         self.right: dict[tuple[Any, ...], bool] = {}
         """By variant, whether the compiled derivative was found to be the eager one."""
         self.eager: Callable[..., Tensor] = gradient
-        how: dict[str, Any] = {"backend": compile} if isinstance(compile, str) else _DEFAULT
-        self.compiled: Callable[..., Tensor] = torch.compile(
-            _of_its_own(gradient), fullgraph=True, dynamic=False, **how
-        )
+        how: dict[str, Any] = {"backend": compile} if isinstance(compile, str) else {"options": options()}
+        self.compiled: Callable[..., Tensor] = torch.compile(of_its_own(gradient), fullgraph=True, dynamic=False, **how)
 
 
-_cache: WeakKeyDictionary[Any, dict[Any, _Compiled]] = WeakKeyDictionary()
+def options() -> dict[str, Any]:
+    """Return those of torch's default compiler: without the one pass that made derivatives of convolutions wrong."""
+    turn = importlib.import_module("hypergrad._transposes").TransposedProducts()  # importing the compiler takes seconds
+    return {"layout_optimization": False, "post_grad_custom_pre_pass": turn}
+
+
+_cache: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
 """By loss, weakly, then by layout and the like. A value never refers to its key: the loss is an argument."""
 
 
 def _lookup(loss: Loss, key: tuple[Layout, int, bool, Compile]) -> _Compiled:
+    layout, _, _, compile = key
+    found: _Compiled = cached(loss, key, lambda: _Compiled(layout, compile))
+    return found
+
+
+def cached(loss: Loss, key: Any, make: Callable[[], Any]) -> Any:
+    """Return what was made for `loss` and `key`, made when first asked for and forgotten with the loss."""
     owner, rest = (loss.__self__, loss.__func__) if isinstance(loss, types.MethodType) else (loss, None)
     try:
         known = _cache.setdefault(owner, {})
@@ -203,13 +218,12 @@ def _lookup(loss: Loss, key: tuple[Layout, int, bool, Compile]) -> _Compiled:
             f"compile=True needs a lower loss that can be hashed and referred to weakly, got {type(loss).__name__}. "
             "Pass a function, or use compile=False."
         ) from error
-    layout, _, _, compile = key
     if (rest, key) not in known:
-        known[rest, key] = _Compiled(layout, compile)
+        known[rest, key] = make()
     return known[rest, key]
 
 
-def _of_its_own(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def of_its_own(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Return `function` with a code object of its own, to which the compiler's limit of recompilations applies."""
     assert isinstance(function, types.FunctionType)
     return types.FunctionType(
@@ -228,7 +242,8 @@ def _retained() -> Iterator[None]:
         yield
 
 
-def _check_no_draws(device: torch.device, before: RandomState | None) -> None:
+def check_no_draws(device: torch.device, before: RandomState | None) -> None:
+    """Raise a ValueError, the generators put back, if something was drawn since `before`."""
     after = random_state(device)
     if before is None or after is None:
         return

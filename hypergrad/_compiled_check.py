@@ -31,10 +31,14 @@ def agrees(compiled: Tensor, eager: Tensor, inputs: Sequence[Tensor], *, compile
     cotangent = torch.randn(eager.shape, generator=generator, dtype=torch.float64).to(eager.dtype).to(eager.device)
     expected, found = (_pulled(output, inputs, cotangent) for output in (eager, compiled))
     noise = _pulled(eager, inputs, 3 * cotangent) / 3 - expected
-    eps = torch.finfo(eager.dtype).eps
-    size = expected.norm()
+    return same(found, expected, size=expected.norm(), noise=noise.norm(), floor=cotangent.norm(), compile=compile)
+
+
+def same(found: Tensor, expected: Tensor, *, size: Tensor, noise: Tensor, floor: Tensor, compile: bool | str) -> bool:
+    """Return whether the norm of found - expected is at most sqrt(eps) size + 10 noise + eps floor; warn if not."""
+    eps = torch.finfo(expected.dtype).eps
     difference = (found - expected).norm()
-    allowed = eps**0.5 * size + _TIMES_NOISE * noise.norm() + eps * cotangent.norm()
+    allowed = eps**0.5 * size + _TIMES_NOISE * noise + eps * floor
     # An eager product that is not finite has nothing to say about the compiled one.
     if bool((difference <= allowed) | ~size.isfinite()):
         return True

@@ -88,6 +88,8 @@ class Runner:
         """By what the derivatives of the loss are multiplied inside it at present."""
         self.fresh: list[Any] = []
         self.recording: Recording | None = None
+        self.compiled: dict[Any, Any] = {}
+        """This problem's loss over tasks, compiled, by what it is compiled for; None where it cannot be."""
         self._kept: tuple[list[dict[str, Any]], Recipe] | None = None
 
     # --- what the graph knows, used here -----------------------------------------------------------------------------

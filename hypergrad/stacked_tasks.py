@@ -15,7 +15,10 @@ import torch
 from torch import Tensor
 
 from hypergrad._autograd import grads, leaf
+from hypergrad._compiled import to_compile
+from hypergrad._compiled_check import same
 from hypergrad._flat import Layout, Params
+from hypergrad._replayed import Calls, Compiled
 from hypergrad._result import Result
 from hypergrad._stacked import leading
 from hypergrad._tape import add
@@ -65,29 +68,106 @@ def stacked_outcome(
         records[member.name] = _descend(network, member, upper, buffers | ends, lower_batches[member.name], count)
         ends = ends | own(member.name, records[member.name].end)
 
-    def value_of_one(at: Mapping[str, Params], u: Params, constants: Params, part: Any) -> tuple[Tensor, Params]:
-        overrides = u | constants
-        for name, end in at.items():
-            overrides = overrides | own(name, end)
-        value, found = network.call(
-            lambda models: loss_value(top.problem.loss, models, part, top.name), overrides, reader=top.name
-        )
-        return value, {k: torch.as_tensor(m, device=value.device).detach() for k, m in found.items()}
-
-    with torch.enable_grad():
-        flats = {name: leaf(record.end_flat) for name, record in records.items()}
-        leaves = {name: leaf(u) for name, u in upper.items()}
-        at = {name: record.named(flats[name]) for name, record in records.items()}
-        dims = (0, None, 0 if buffers else None, leading(batch))
-        values, metrics = torch.vmap(value_of_one, in_dims=dims, randomness="different")(at, leaves, buffers, batch)
-        slopes = dict(zip([*flats, *leaves], grads([values.sum()], [*flats.values(), *leaves.values()]), strict=True))
-    grad = {name: torch.zeros_like(u) if (g := slopes[name]) is None else g for name, u in leaves.items()}
+    flats = {name: record.end_flat for name, record in records.items()}
+    layouts = {name: record.layout for name, record in records.items()}
+    values, metrics, slopes = _judged(network, top, members, layouts, flats, upper, buffers, batch)
+    grad = {name: torch.zeros_like(u) if (g := slopes[name]) is None else g for name, u in upper.items()}
     for member in members:
         method, cotangent = member.problem.method, slopes[member.name]
         if member.problem.responds and isinstance(method, Unrolled) and cotangent is not None:
             grad = add(grad, method.vjp(records[member.name], upper, cotangent).grad)
     code = Result.SUCCESS.tensor(values.device)
     return {"grad": grad, "value": values.detach(), "metrics": metrics, "code": code}
+
+
+Judgement = tuple[Tensor, Params, dict[str, Tensor | None]]
+"""The values and the metrics of each task, and the derivatives of the sum in lower ends and upper parameters."""
+
+
+def _judged(
+    network: Network,
+    top: Runner,
+    members: Sequence[Runner],
+    layouts: Mapping[str, Layout],
+    flats: Params,
+    upper: Params,
+    buffers: Params,
+    batch: Any,
+) -> Judgement:
+    """Return the reader's loss at the ends of the runs; compiled where a method compiles, if it can be."""
+    judge = _Judge(network, top, layouts)
+
+    def eagerly() -> Judgement:
+        with torch.enable_grad():
+            leaves = {name: leaf(x) for name, x in (flats | upper).items()}
+            values, metrics = judge.values({n: leaves[n] for n in flats}, {n: leaves[n] for n in upper}, buffers, batch)
+            slopes = grads([values.sum()], list(leaves.values()))
+        return values.detach(), metrics, dict(zip(leaves, slopes, strict=True))
+
+    compile = next((m.problem.method.compile for m in members if isinstance(m.problem.method, Unrolled)), False)
+    compile = to_compile("Unrolled", compile)
+    if not compile:
+        return eagerly()
+    key = (compile, tuple(layouts.items()))
+    if key not in top.compiled:
+        top.compiled[key] = Compiled(lambda *arguments: judge.with_slopes(*arguments), compile)
+    compiled = top.compiled[key]
+    if compiled is None:
+        return eagerly()
+
+    def is_right(found: Any) -> bool:
+        expected, other = (_joined(values, slopes, flats | upper) for values, _, slopes in (eagerly(), found))
+        size = expected.norm()
+        return same(other, expected, size=size, noise=torch.zeros_like(size), floor=size, compile=compile)
+
+    try:
+        value: Judgement | None = Calls(compiled)(None, list(flats.values()), (upper, buffers, batch), is_right)
+    except ValueError:  # it draws random numbers, or cannot be compiled: it was not what was asked for
+        top.compiled[key] = value = None
+    return eagerly() if value is None else value
+
+
+def _joined(values: Tensor, slopes: Mapping[str, Tensor | None], like: Params) -> Tensor:
+    """Return values and derivatives as one vector."""
+    parts = [torch.zeros_like(x) if (slope := slopes[name]) is None else slope for name, x in like.items()]
+    return torch.cat([part.reshape(-1).to(values.dtype) for part in (values, *parts)])
+
+
+class _Judge:
+    """The reader's loss over stacked tasks."""
+
+    def __init__(self, network: Network, top: Runner, layouts: Mapping[str, Layout]) -> None:
+        """Read the ends of runs by `layouts`."""
+        self._network, self._top, self._layouts = network, top, layouts
+
+    def values(self, flats: Params, upper: Params, buffers: Params, batch: Any) -> tuple[Tensor, Params]:
+        """Return the loss of each task and its metrics."""
+        network, top = self._network, self._top
+
+        def of_one(at: Mapping[str, Params], constants: Params, part: Any) -> tuple[Tensor, Params]:
+            overrides = upper | constants
+            for name, end in at.items():
+                overrides = overrides | own(name, end)
+            value, found = network.call(
+                lambda models: loss_value(top.problem.loss, models, part, top.name), overrides, reader=top.name
+            )
+            return value, {k: torch.as_tensor(m, device=value.device).detach() for k, m in found.items()}
+
+        at = {name: self._layouts[name].unravel(flat) for name, flat in flats.items()}
+        dims = (0, 0 if buffers else None, leading(batch))
+        found: tuple[Tensor, Params] = torch.vmap(of_one, in_dims=dims, randomness="different")(at, buffers, batch)
+        return found
+
+    def with_slopes(self, flats: list[Tensor], upper: Params, buffers: Params, batch: Any, _: None) -> Judgement:
+        """Return the same with the derivatives of the sum."""
+
+        def total(ends: Params, u: Params) -> tuple[Tensor, tuple[Tensor, Params]]:
+            values, metrics = self.values(ends, u, buffers, batch)
+            return values.sum(), (values, metrics)
+
+        ends = dict(zip(self._layouts, flats, strict=True))
+        slopes, (values, metrics) = torch.func.grad(total, argnums=(0, 1), has_aux=True)(ends, upper)
+        return values, metrics, {**slopes[0], **slopes[1]}
 
 
 def _descend(
@@ -125,10 +205,16 @@ def _descend(
         template,
         upper,
         optimizer=Bound(bound.groups, Layout.of(template, names=bound.names)),
-        batches=[Surrounded(batch, {}, constants) for batch in batches],
+        batches=_surrounded(batches, constants),
         start=None if problem.start is None else start,
         hyper={name: function_of(function) for name, function in problem.hyper.items()},
         clip_value=problem.clip_value,
         project=None if problem.project is None else project,
         recording=None if method is None else method.recording(len(batches)),
     )
+
+
+def _surrounded(batches: Sequence[Any], constants: Params) -> list[Surrounded]:
+    """Return the batches with the constants, the same object for the same batch."""
+    known = {id(batch): Surrounded(batch, {}, constants) for batch in batches}
+    return [known[id(batch)] for batch in batches]

@@ -56,11 +56,15 @@ class Recipe:
 
     def update(self, flat: Tensor, grad: Tensor, states: States, upper: Params, index: int) -> tuple[Tensor, States]:
         """Return parameters and optimizer states after one step along `grad`."""
+        return self.updated(flat, grad, states, self.hyper_values(upper, index))
+
+    def updated(self, flat: Tensor, grad: Tensor, states: States, hyper: Mapping[str, Any]) -> tuple[Tensor, States]:
+        """Return the same with the values of hyperparameters, by name."""
         if self.clip_norm is not None:
             grad = clip_norm(grad, self.clip_norm)
         if self.clip_value is not None:
             grad = clip_value(grad, self.clip_value)
-        flat, states = self.optimizer.update(flat, grad, states, self.hyper_values(upper, index))
+        flat, states = self.optimizer.update(flat, grad, states, hyper)
         if self.project is not None:
             projected = self.project(self.layout.unravel(flat))
             self.layout.check_like(projected, "the result of project")
@@ -284,9 +288,18 @@ class Recording:
 
 
 def take(
-    step: Step, flat: Tensor, states: States, upper: Params, recording: Recording, num_steps: int
+    step: Step,
+    flat: Tensor,
+    states: States,
+    upper: Params,
+    recording: Recording,
+    num_steps: int,
+    advance: Callable[[Step, Tensor, States, Params], tuple[Tensor, States]] | None = None,
 ) -> tuple[Step, Tensor, States]:
-    """Return `step` as recorded, and the parameters and states after it; random draws go on from the generators."""
+    """Return `step` as recorded, and the parameters and states after it; random draws go on from the generators.
+
+    `advance` takes the steps that are not taped, if there is one.
+    """
     if recording.keeps(step.index, num_steps):
         step = replace(step, flat=flat, states=states)
     live = replace(step, random=None)
@@ -298,6 +311,8 @@ def take(
         step = replace(step, flat=flat, states=states, taped=taped, leaves=(point, leaves), versions=versions(leaves))
         with torch.no_grad():
             flat, states = step.recipe.update(flat, taped.detach(), states, upper, step.index)
+    elif advance is not None:
+        flat, states = advance(live, flat, states, upper)
     else:
         flat, states = live.advance(flat, states, upper, compile=compile)
     if in_transform():

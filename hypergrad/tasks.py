@@ -194,6 +194,8 @@ def _run(
             outcomes.append(one(upper, *(_index(part, task) for part in rest)))
             restore_random_state(present)
         return _mean([_summed(pytree.tree_map(lambda *values: torch.stack(values), *outcomes))], count)
+    if together is not None and chunk >= count:
+        return _mean([together(*inputs, count)], count)
     if together is not None:
         for at in range(0, count, chunk):
             buffers, batch, lower_batches = (_index(part, slice(at, at + chunk)) for part in rest)

@@ -17,6 +17,7 @@ from hypergrad._flat import Layout, Params, as_params, check_params, constant
 from hypergrad._functional import Loss
 from hypergrad._random import RandomState, random_state, same_state
 from hypergrad._untouched import untouched
+from hypergrad.fused import fused
 from hypergrad.optim import Bound, Optimizer, bind
 from hypergrad.step import HyperFunction, Recipe, Recording, States, Step, take
 
@@ -220,10 +221,12 @@ def descend(
     with untouched(layout.device):
         flat = constant(layout.record(begun))
         states = bound_optimizer.init(flat) if state is None else _continued(state, bound_optimizer, flat)
+        whole = fused(recipe, states, constants, recording.compile) if recording.taped_from is None else None
+        advance = None if whole is None else whole.advance
         random = random_state(layout.device)
         for index, batch in enumerate(batches):
             step = Step(recipe, batch, index, random)
-            step, flat, states = take(step, flat, states, constants, recording, len(batches))
+            step, flat, states = take(step, flat, states, constants, recording, len(batches), advance)
             random = random_state(layout.device)
             steps.append(replace(step, random=None) if same_state(step.random, random) else step)
     return Trajectory(

@@ -16,6 +16,7 @@ from hypergrad._functional import in_transform
 from hypergrad._random import replaying
 from hypergrad._result import Stats
 from hypergrad._tape import add, named, second_order, upper_gradient, vjp
+from hypergrad.fused import fused
 from hypergrad.methods._refusals import check_option, check_run, refuse_state
 from hypergrad.methods._run import pull_start, run_start
 from hypergrad.methods.base import Pulled, ResponseMethod
@@ -47,11 +48,13 @@ class Unrolled(ResponseMethod):
             record must be made for it: `descend(..., recording=method.recording(K))`; the engine does.
         retain: the fraction of steps, the last ones, whose tape is kept from the run, so that the sweep need not
             evaluate their gradient again; recorded likewise. Time against memory.
-        compile: compile the gradient of a step, and its derivative: True, or the name of a backend of
-            `torch.compile`; one compilation for all steps, of all tasks where an engine runs many. The sweep uses it,
-            and the run too where the record is made for it, taped (`retain`) or not. The optimizer's update stays
-            eager, for its step count is a Python number that would compile anew each time. The loss must draw no random
-            numbers. Derivatives of the rule itself stay eager.
+        compile: compile a step, gradient and update in one, and its derivative: True, or the name of a backend of
+            `torch.compile`; one compilation each way for all steps, of all tasks where an engine runs many together,
+            whose upper loss is compiled too where it can be. The sweep uses it, and the run where the record is made
+            for it. With `retain`, hyperparameters as functions of `upper`, or `project`, the gradient alone is
+            compiled. The loss must draw no random numbers, and what it sees besides its arguments is taken to stay the
+            same within one run: the compiler's checks are made at its first step. The first values are compared with
+            eager ones; where they differ, a warning says so and steps are eager. Derivatives of the rule itself are.
 
     Raises:
         ValueError: for options out of range; for `solved`, where there is no run.
@@ -123,9 +126,16 @@ class Unrolled(ResponseMethod):
             for s in trajectory.end_states
         )
         grad: Params = {}
+        whole = None
+        if trajectory.num_steps > first and self.retain == 0.0:
+            whole = fused(trajectory.steps[-1].recipe, trajectory.end_states, upper, compile)
         with second_order():
             for step, flat, states in trajectory.backwards(first, upper):
-                bar, state_bars, upper_bar = step.pull(flat, states, upper, (bar, state_bars), compile=compile)
+                cotangents = bar, state_bars
+                if whole is None:
+                    bar, state_bars, upper_bar = step.pull(flat, states, upper, cotangents, compile=compile)
+                else:
+                    bar, state_bars, upper_bar = whole.pull(step, flat, states, upper, cotangents)
                 grad = add(grad, upper_bar)
         if trajectory.start is not None:
             grad = add(grad, pull_start(trajectory, upper, bar))

@@ -102,9 +102,9 @@ IMPLICIT: Any = lambda c: hg.Implicit(hg.CG(5), damping=1.0, compile=c)  # noqa:
 @pytest.mark.parametrize(
     ("make", "chunk", "graphs"),
     [
-        (RETAIN, TASKS, 1),
+        (RETAIN, TASKS, 2),  # the gradient of a step, and the upper loss
         (RETAIN, 1, 1),
-        (SWEEP, TASKS, 2),  # with a tape, and without one in the run
+        (SWEEP, TASKS, 3),  # a step each way, and the upper loss
         (IMPLICIT, 1, 2),  # lower and mixed product
     ],
     ids=["retain", "retain in a loop", "sweep", "Implicit in a loop"],
