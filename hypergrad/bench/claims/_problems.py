@@ -53,8 +53,16 @@ def convolutions_loss(lower: Params, _upper: Params, batch: Batch) -> Tensor:
 
 def tied_loss(lower: Params, upper: Params, batch: Batch) -> Tensor:
     """Return `mlp_loss` plus the squared distance from where the task began: the lower loss of iMAML."""
-    distance = torch.stack([(lower[name] - u).square().sum() for name, u in upper.items()]).sum()
-    return mlp_loss(lower, upper, batch) + distance
+    return mlp_loss(lower, upper, batch) + _distance(lower, upper)
+
+
+def tied_convolutions_loss(lower: Params, upper: Params, batch: Batch) -> Tensor:
+    """Return `convolutions_loss` plus the same."""
+    return convolutions_loss(lower, upper, batch) + _distance(lower, upper)
+
+
+def _distance(lower: Params, upper: Params) -> Tensor:
+    return torch.stack([(lower[name] - u).square().sum() for name, u in upper.items()]).sum()
 
 
 def _few_shot(name: str, loss: object, upper: Params, support: Batch, query: Batch) -> Task:
