@@ -20,6 +20,7 @@ from hypergrad._tape import second_order
 from hypergrad.averaged import Averaged
 from hypergrad.composite import Composite
 from hypergrad.distributed import Ranks, Signals
+from hypergrad.distributed.launch import gather_objects
 from hypergrad.graph import Graph
 from hypergrad.history import Record
 from hypergrad.in_place import InPlace, ShardedLoss
@@ -91,6 +92,8 @@ class Runner:
         self.compiled: dict[Any, Any] = {}
         """This problem's loss over tasks, compiled, by what it is compiled for; None where it cannot be."""
         self._kept: tuple[list[dict[str, Any]], Recipe] | None = None
+        self._metric_names: list[str] | None = None
+        """The metrics that are averaged over ranks: those that any of them returned the first time."""
 
     # --- what the graph knows, used here -----------------------------------------------------------------------------
 
@@ -478,7 +481,12 @@ class Runner:
             for key, m in metrics.items()
             if isinstance(m, int | float) or (isinstance(m, Tensor) and m.numel() == 1 and not m.is_complex())
         }
-        also = [value.detach(), *numbers.values(), *buffers]
+        if self._metric_names is None:
+            self._metric_names = sorted(set[str]().union(*gather_objects(ranks, list(numbers))))
+        known = self._metric_names
+        slots = [numbers[key].detach().reshape(()) if key in numbers else value.new_zeros(()) for key in known]
+        given = torch.tensor([float(key in numbers) for key in known], device=value.device)
+        also = [value.detach(), *slots, given, *buffers]
         if signals is not None:
             also.append(signals.send(value.device))
         whole = {pair: like[pair] for pair in like if not is_shard(like[pair])}
@@ -490,10 +498,13 @@ class Runner:
             *means, sent = means
             signals.receive(sent)
         value, *means = means
+        slots, given, means = means[: len(known)], means[len(known)], means[len(known) + 1 :]
         with torch.no_grad():
-            for buffer, mean in zip(buffers, means[len(numbers) :], strict=True):
+            for buffer, mean in zip(buffers, means, strict=True):
                 buffer.copy_(mean)
-        metrics = metrics | dict(zip(numbers, means[: len(numbers)], strict=True))
+        for key, total, share in zip(known, slots, given.unbind(), strict=True):
+            if key in numbers or (key not in metrics and float(share) > 0):  # read only where this rank lacks it
+                metrics = metrics | {key: total / share}
         return value, metrics, sharded | {names[text]: g for text, g in averaged.items()}
 
     def _evaluate(self, batch: Any, overrides: Params) -> tuple[Tensor, dict[str, Any]]:

@@ -196,6 +196,41 @@ def test_a_request_to_stop_ends_no_later_run() -> None:
     assert run_ranks(2, _stopped_twice) == [[4, 2, 3, 2]] * 2
 
 
+def _metrics_that_differ() -> list[dict[str, float]]:
+    """Return the records of ranks of which the second names a metric of its own, and at times one less."""
+    torch.manual_seed(0)
+    net, second, step = nn.Linear(3, 1), dist.get_rank() == 1, -1
+
+    def loss(models: Any, x: torch.Tensor) -> Any:
+        nonlocal step
+        value = models.net(x).square().mean()
+        if torch.is_grad_enabled():
+            step += 1
+        metrics: dict[str, Any] = {"rank": float(dist.get_rank()), "word": "here"}
+        if second:
+            metrics["mine"] = 7.0
+            if step % 2:
+                del metrics["rank"]
+        if step == 2:
+            metrics["late"] = float(second)
+        return value, metrics
+
+    sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+    problem = hg.Problem("net", module=net, loss=loss, optimizer=sgd, data=[torch.ones(4, 3)])
+    engine = hg.Engine([problem], distributed=True)
+    step = -1
+    return [record.numbers() for record in engine.run(3)]
+
+
+def test_metrics_are_means_over_the_ranks_that_name_them() -> None:
+    first, second = run_ranks(2, _metrics_that_differ)
+    for records in (first, second):
+        assert [record["net.rank"] for record in records] == [0.5, 0.0, 0.5]
+        assert [record["net.mine"] for record in records] == [7.0] * 3
+    assert ["net.late" in record for record in first] == [False, False, True]
+    assert (first[2]["net.late"], second[2]["net.late"]) == (0.0, 1.0), "named too late: each rank's own"
+
+
 def _noisy_data() -> Any:
     x, y = (torch.cat(tensors) for tensors in zip(*ec.batches(4, torch.float64), strict=True))
     return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=16, shuffle=True)
