@@ -32,17 +32,19 @@ _TORCH_DISTRIBUTED = Path(dist.__file__).parent
 
 
 def silent_ranks(ranks: Ranks) -> list[int]:
-    """Return the ranks that did not say, within `PATIENCE` seconds, that they are alive; this one says so.
+    """Return those, numbered as all processes are, that did not say within `PATIENCE` seconds that they live.
+
+    This one says so.
 
     Every process whose collective fails comes here. They meet in the store that the group was made with; where the
     process that holds it is gone, that is rank 0's, unless `torchrun` holds it.
     """
-    members = range(ranks.size) if ranks.group is None else dist.get_process_group_ranks(ranks.group)
+    members = list(range(ranks.size)) if ranks.group is None else dist.get_process_group_ranks(ranks.group)
     try:
         store = _get_default_store()
-        store.set(f"hypergrad/alive/{ranks.rank}", "1")
+        store.set(f"hypergrad/alive/{members[ranks.rank]}", "1")
         silent = []
-        for rank in range(len(members)):
+        for rank in members:
             try:
                 store.wait([f"hypergrad/alive/{rank}"], timedelta(seconds=PATIENCE / max(len(members) - 1, 1)))
             except dist.DistStoreError:

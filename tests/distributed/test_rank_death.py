@@ -83,3 +83,15 @@ def test_a_rank_that_raises_says_what_and_the_others_name_it() -> None:
     first, second = run_ranks(2, _out_of_memory)
     assert second == "RuntimeError: out of memory"
     assert first.startswith("RankError: step 1: a collective failed and no sign of life came from rank 1")
+
+
+def _silent_in_a_group() -> list[int]:
+    silence.PATIENCE = 1.0
+    group = dist.new_group([1, 2])
+    found = silence.silent_ranks(hg.distributed.Ranks(group)) if dist.get_rank() == 1 else []
+    dist.barrier()
+    return found
+
+
+def test_members_of_a_group_are_named_by_their_numbers_among_all() -> None:
+    assert run_ranks(3, _silent_in_a_group) == [[], [2], []]
