@@ -20,7 +20,6 @@ from hypergrad._tape import second_order
 from hypergrad.averaged import Averaged
 from hypergrad.composite import Composite
 from hypergrad.distributed import Ranks, Signals
-from hypergrad.distributed.launch import gather_objects
 from hypergrad.graph import Graph
 from hypergrad.history import Record
 from hypergrad.in_place import InPlace, ShardedLoss
@@ -28,6 +27,7 @@ from hypergrad.loss_scale import Scale, ScaledLoss, entered, left
 from hypergrad.methods import Method, ResponseMethod, best_response
 from hypergrad.network import Function, Network, own
 from hypergrad.optim import Bound, from_torch, read_options, read_state
+from hypergrad.partials import AcrossRanks, Leaf, Partials, mean, mean_metrics
 from hypergrad.problem import Problem, criterion_value, loss_value, penalty_value
 from hypergrad.snapshot import restore, snapshot
 from hypergrad.source import Source
@@ -92,8 +92,7 @@ class Runner:
         self.compiled: dict[Any, Any] = {}
         """This problem's loss over tasks, compiled, by what it is compiled for; None where it cannot be."""
         self._kept: tuple[list[dict[str, Any]], Recipe] | None = None
-        self._metric_names: list[str] | None = None
-        """The metrics that are averaged over ranks: those that any of them returned the first time."""
+        self.across = None if ranks is None else AcrossRanks(ranks)
 
     # --- what the graph knows, used here -----------------------------------------------------------------------------
 
@@ -404,56 +403,34 @@ class Runner:
         before = {key: buffer._version for key, buffer in self.float_buffers.items()}
         with torch.enable_grad():
             if tapes and step is not None:
-                value, metrics, parts = self._taped_partials(step, batch)
-                found = {(name, key): g for name, part in parts.items() for key, g in part.items()}
+                outcome = self._taped_partials(step, batch)
             else:
-                value, metrics, found = self._partials_in_parts(batch, leaves)
+                outcome = mean(
+                    [self._part_partials(part, leaves) for part in self._parts(batch, self.problem.micro_batches)]
+                )
         if step is not None and same_state(step.random, random_state(self.layout.device)):
             self.window[-1] = replace(self.window[-1], random=None)  # nothing was drawn, nothing need be replayed
-        for name, key in found:
+        for name, key in outcome.found:
             if (name, key) in self.watched:
                 raise ValueError(
                     f"problem {self.name!r}: its loss depends on {name!r}, which it did not on its first batch, when "
                     f"the graph was inferred. Say Problem({self.name!r}, reads=[{name!r}, ...])."
                 )
-        if self.ranks is not None:
+        if self.across is not None:
             written = [b for key, b in self.float_buffers.items() if b._version != before[key]]
-            like = {} if tapes else leaves
-            value, metrics, means = self._over_ranks(self.ranks, value, metrics, found, like, written, signals)
-            found = found if tapes else means
+            means = self.across.mean(outcome, {} if tapes else leaves, written, signals)
+            outcome = replace(means, found=outcome.found) if tapes else means  # a taped gradient is a mean already
         elif signals is not None:
             signals.agree()
-        parts = {self.name: {}}
-        for (name, key), g in found.items():
-            parts.setdefault(name, {})[key] = g
-        record.put(self.name, "loss", value)
-        for key, metric in metrics.items():
+        by_problem: dict[str, Params] = {self.name: {}}
+        for (name, key), g in outcome.found.items():
+            by_problem.setdefault(name, {})[key] = g
+        record.put(self.name, "loss", outcome.value)
+        for key, metric in outcome.metrics.items():
             record.put(self.name, key, metric)
-        return value.detach(), parts
+        return outcome.value.detach(), by_problem
 
-    def _partials_in_parts(
-        self, batch: Any, leaves: Mapping[tuple[str, str], Tensor]
-    ) -> tuple[Tensor, dict[str, Any], dict[tuple[str, str], Tensor]]:
-        """Return loss, metrics and derivatives, averaged over micro-batches that are evaluated one after the other."""
-        count = self.problem.micro_batches
-        values: list[Tensor] = []
-        metrics: dict[str, list[Any]] = {}
-        found: dict[tuple[str, str], Tensor] = {}
-        for part in self._parts(batch, count):
-            value, part_metrics, grads = self._part_partials(part, leaves)
-            for key, g in grads.items():
-                found[key] = found[key] + g if key in found else g
-            values.append(value.detach() if count > 1 else value)
-            for name, metric in part_metrics.items():
-                metrics.setdefault(name, []).append(metric)
-        if count == 1:
-            return values[0], {name: metric for name, (metric,) in metrics.items()}, found
-        means = {name: _mean(several) for name, several in metrics.items()}
-        return sum(values[1:], values[0]) / count, means, {key: g / count for key, g in found.items()}
-
-    def _part_partials(
-        self, part: Any, leaves: Mapping[tuple[str, str], Tensor]
-    ) -> tuple[Tensor, dict[str, Any], dict[tuple[str, str], Tensor]]:
+    def _part_partials(self, part: Any, leaves: Mapping[Leaf, Tensor]) -> Partials:
         """Return loss, metrics and derivatives on one micro-batch; those that the loss does not depend on left out."""
         if self.in_place is None:
             value, metrics = self._evaluate(part, {})
@@ -461,51 +438,9 @@ class Runner:
             bar = None if scale is None else torch.full_like(value, scale)
             tensors = torch.autograd.grad(value, list(leaves.values()), bar, allow_unused=True)
             given = {key: g for key, g in zip(leaves, tensors, strict=True) if g is not None}
-            return value, metrics, given if scale is None else {key: g / scale for key, g in given.items()}
+            return Partials(value, metrics, given if scale is None else {key: g / scale for key, g in given.items()})
         value, metrics, grads = self.in_place.gradients(lambda: self._evaluate(part, {}), {}, self.name)
-        return value, metrics, {key: grads[".".join(key)] for key in leaves if ".".join(key) in grads}
-
-    def _over_ranks(
-        self,
-        ranks: Ranks,
-        value: Tensor,
-        metrics: dict[str, Any],
-        found: dict[tuple[str, str], Tensor],
-        like: Mapping[tuple[str, str], Tensor],
-        buffers: Sequence[Tensor],
-        signals: Signals | None,
-    ) -> tuple[Tensor, dict[str, Any], dict[tuple[str, str], Tensor]]:
-        """Return loss, metrics and derivatives averaged over ranks in one all-reduce, which `buffers` get too."""
-        numbers = {
-            key: torch.as_tensor(m, dtype=torch.float64 if value.dtype is torch.float64 else torch.float32).to(value)
-            for key, m in metrics.items()
-            if isinstance(m, int | float) or (isinstance(m, Tensor) and m.numel() == 1 and not m.is_complex())
-        }
-        if self._metric_names is None:
-            self._metric_names = sorted(set[str]().union(*gather_objects(ranks, list(numbers))))
-        known = self._metric_names
-        slots = [numbers[key].detach().reshape(()) if key in numbers else value.new_zeros(()) for key in known]
-        given = torch.tensor([float(key in numbers) for key in known], device=value.device)
-        also = [value.detach(), *slots, given, *buffers]
-        if signals is not None:
-            also.append(signals.send(value.device))
-        whole = {pair: like[pair] for pair in like if not is_shard(like[pair])}
-        sharded = {pair: g for pair, g in found.items() if pair in like and pair not in whole}  # averaged already
-        names = {f"{name}.{key}": (name, key) for name, key in whole}
-        local = {text: found[pair] for text, pair in names.items() if pair in found}
-        averaged, means = ranks.average_params(local, {text: like[pair] for text, pair in names.items()}, also)
-        if signals is not None:
-            *means, sent = means
-            signals.receive(sent)
-        value, *means = means
-        slots, given, means = means[: len(known)], means[len(known)], means[len(known) + 1 :]
-        with torch.no_grad():
-            for buffer, mean in zip(buffers, means, strict=True):
-                buffer.copy_(mean)
-        for key, total, share in zip(known, slots, given.unbind(), strict=True):
-            if key in numbers or (key not in metrics and float(share) > 0):  # read only where this rank lacks it
-                metrics = metrics | {key: total / share}
-        return value, metrics, sharded | {names[text]: g for text, g in averaged.items()}
+        return Partials(value, metrics, {key: grads[".".join(key)] for key in leaves if ".".join(key) in grads})
 
     def _evaluate(self, batch: Any, overrides: Params) -> tuple[Tensor, dict[str, Any]]:
         value, metrics = self.network.call(
@@ -520,7 +455,7 @@ class Runner:
             )
         return value, metrics
 
-    def _taped_partials(self, step: Step, batch: Any) -> tuple[Tensor, dict[str, Any], dict[str, Params]]:
+    def _taped_partials(self, step: Step, batch: Any) -> Partials:
         """Return the same with the graph of the gradient kept in the step's record."""
         assert step.flat is not None
         leaf = step.flat.detach().requires_grad_()
@@ -531,7 +466,8 @@ class Runner:
             seen = step.batch.constants if isinstance(step.batch, Surrounded) else {}
             value, metrics, taped = self._taped(batch, leaf, above, seen)
         self.window[-1] = replace(step, taped=taped, leaves=(leaf, above), versions=versions(above))
-        return value, metrics, {self.name: self.layout.unravel(taped.detach().clone())}  # clipped in place
+        slopes = self.layout.unravel(taped.detach().clone())  # clipped in place
+        return Partials(value, metrics, {(self.name, key): g for key, g in slopes.items()})
 
     def _taped(self, batch: Any, leaf: Tensor, above: Params, seen: Params) -> tuple[Tensor, dict[str, Any], Tensor]:
         """Return loss, metrics and gradient at `leaf`, the gradient with its graph."""
@@ -549,8 +485,7 @@ class Runner:
         if scale is not None:
             value = left(value, scale)
         (taped,) = torch.autograd.grad(value, leaf, create_graph=True)
-        names = several[0][1]
-        metrics = {name: _mean([m[name] for _, m in several]) for name in names} if len(several) > 1 else names
+        metrics = mean_metrics([metrics for _, metrics in several]) if len(several) > 1 else several[0][1]
         return value, metrics, taped
 
     def evaluate_again(self, batch: Any) -> tuple[Tensor, Params]:
@@ -655,10 +590,3 @@ class Runner:
             start=start if started else None,
             response=self.response,
         )
-
-
-def _mean(several: Sequence[Any]) -> Any:
-    """Return the mean of a metric over micro-batches; its last value where it is not a number."""
-    if all(isinstance(m, int | float) or (isinstance(m, Tensor) and m.is_floating_point()) for m in several):
-        return sum(several[1:], several[0]) / len(several)
-    return several[-1]

@@ -55,6 +55,7 @@ LAYERS: dict[str, float] = {
     "loaders": 6.1,
     "source": 6.2,
     "stepper": 6.3,
+    "partials": 6.3,
     "snapshot": 6.4,
     "runner": 6.5,
     "saving": 6.55,
