@@ -237,13 +237,13 @@ def pick(condition: Tensor, yes: Tensor, no: Tensor | float, *, reads: bool) -> 
     return no if isinstance(no, Tensor) else torch.full_like(yes, no)
 
 
-def room(vector: Tensor, other: Tensor) -> Tensor | None:
-    """Return where an update of `vector` by `other` may be written: in its place, or None in a new tensor.
+def room(vector: Tensor) -> Tensor | None:
+    """Return where an update of `vector` may be written: in its place, or None in a new tensor.
 
-    On CPU, fresh memory for a vector of a megabyte costs more than the arithmetic. Transforms and differentiation need
-    the old value.
+    Fresh memory for a vector of a megabyte may cost more than the arithmetic. Transforms and differentiation need the
+    old value.
     """
-    return None if in_transform() or vector.requires_grad or other.requires_grad else vector
+    return None if in_transform() or torch.is_grad_enabled() else vector
 
 
 def choose(condition: Tensor, yes: Result | Tensor, no: Result | Tensor) -> Tensor:

@@ -125,8 +125,8 @@ class CG(Solver):
             alpha = torch.nan_to_num(live / curvature, nan=0.0, posinf=0.0, neginf=0.0).clamp(min=0.0)
             moved = alpha > 0
             moves.append(moved)
-            d = torch.addcmul(d, p, alpha, out=room(d, p))
-            r = torch.addcmul(r, Ap, alpha, value=-1, out=room(r, Ap))  # NaN after such a product; no one reads it
+            d = torch.addcmul(d, p, alpha, out=room(d))
+            r = torch.addcmul(r, Ap, alpha, value=-1, out=room(r))  # NaN after such a product; no one reads it
             rr_new = torch.dot(r, r)
             z = r if apply is None else apply(r)
             rho = rr_new if apply is None else torch.dot(r, z)
