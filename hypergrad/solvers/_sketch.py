@@ -71,8 +71,9 @@ def inverse(low_rank: LowRank, factor: Tensor, exists: Tensor, shift: Tensor) ->
     C is a Cholesky factor, shape (r, r), that exists if `exists`. The second part is left out where it is empty.
     """
     usable = exists & torch.logical_not(low_rank.failed)
-    within = low_rank.q @ torch.cholesky_inverse(factor)
-    outside = torch.zeros_like(shift) if low_rank.complete else 1.0 / shift
-    scale = torch.where(usable, outside, 1.0)
-    left = torch.where(usable, within - outside * low_rank.q, 0.0)
-    return (lambda v: torch.addmv(scale * v, left, low_rank.q.mT @ v)), usable
+    q, within = low_rank.q, low_rank.q @ torch.cholesky_inverse(factor)
+    if low_rank.complete:
+        left, kept = torch.where(usable, within, 0.0), torch.where(usable, 0.0, 1.0).to(q.dtype)
+        return (lambda v: torch.addmv(kept * v, left, q.mT @ v)), usable
+    less, scale = torch.where(usable, q - shift * within, 0.0), torch.where(usable, 1.0 / shift, 1.0)
+    return (lambda v: scale * torch.addmv(v, less, q.mT @ v, alpha=-1)), usable
