@@ -196,8 +196,8 @@ def left(value: Tensor, scale: float) -> Tensor:
 # other's derivative, which makes all of it right to any order.
 
 
-class _Enter(torch.autograd.Function):
-    """Into a scaled loss: `factor` times a tensor."""
+class _Times(torch.autograd.Function):
+    """`factor` times a tensor."""
 
     generate_vmap_rule = True
 
@@ -208,24 +208,18 @@ class _Enter(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
         ctx.factor, ctx.scale = inputs[1:]
+
+
+class _Enter(_Times):
+    """Into a scaled loss."""
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, None, None]:
         return _Leave.apply(cotangents[0], ctx.factor / ctx.scale, ctx.scale), None, None  # type: ignore[no-untyped-call]
 
 
-class _Leave(torch.autograd.Function):
-    """Out of a scaled loss: `factor` times a tensor."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, factor: float, _scale: float) -> Tensor:
-        return x * factor
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
-        ctx.factor, ctx.scale = inputs[1:]
+class _Leave(_Times):
+    """Out of a scaled loss."""
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, None, None]:
