@@ -110,7 +110,7 @@ class CG(Solver):
         d, r, tol_squared = torch.zeros_like(begun.r), begun.r, begun.tol * begun.tol
         zero = torch.zeros((), dtype=b.dtype, device=b.device)
         rr = torch.dot(r, r)
-        p = r.clone() if apply is None else apply(r)
+        p = (r if apply is None else apply(r)).clone()  # r goes on in its own memory
         rho = rr if apply is None else torch.dot(r, p)
         live = torch.where(rr > tol_squared, rho, zero)  # r.M r while the solve goes on, else 0
         curvature, moves = rr, []
