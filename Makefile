@@ -45,7 +45,7 @@ demo: $(VENV)/.extra-ssl
 TEN := --seeds 10 --first-seed 100 --keep none --resume
 SHORT := --evaluation.penalties 0.01 --evaluation.rates 0.03 --evaluation.steps 50 --evaluation.episodes 20
 BEHAVIOUR := bissl bmssl gessl gessl-threshold maxl umtra cactus learned-pretext sources masked
-bissl_OPTIONS := bissl
+bissl_OPTIONS := bissl --method cg layerwise-cg damped neumann one-step no-implicit
 bmssl_OPTIONS := bmssl --method unrolled --evaluation.steps 100
 gessl_OPTIONS := gessl --method unrolled --evaluation.steps 100
 gessl-threshold_OPTIONS := gessl --variant threshold --method unrolled --rate 5e-4 --evaluation.steps 100

@@ -21,13 +21,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hypergrad._autograd import by_autograd, grads, is_connected, leaf, underlying
+from hypergrad._common_factor import CommonFactor, Traffic
 from hypergrad._eager import eagerly, is_eager
 from hypergrad._flat import Params
 from hypergrad._functional import Residual, in_transform
 
 TapeKind = Literal["auto", "autograd", "transform"]
-_CHUNK = 64
-"""The most cotangents that are pulled back at once."""
 
 
 def second_order() -> contextlib.AbstractContextManager[Any]:
@@ -130,13 +129,22 @@ class AutogradTape(Tape):
 
     def pull_lower_each(self, cotangents: Tensor) -> Tensor:
         """Return (dF/d lower)^T c for each row c, in batched passes where the operations can be batched."""
-        if self._create_graph or _convolves(self._residual):
+        first, rest = cotangents[:1], cotangents[1:]
+        if len(rest) == 0 or self._create_graph or in_transform() or not is_connected(self._residual):
             return super().pull_lower_each(cotangents)
-        try:
-            pulled: Tensor = torch.vmap(self.pull_lower, chunk_size=_CHUNK)(cotangents)
-        except (RuntimeError, ValueError):  # it cannot be batched; what is wrong otherwise is raised again below
-            return super().pull_lower_each(cotangents)
-        return pulled
+        with Traffic() as traffic:
+            pulled = [self.pull_lower(first[0])[None]]
+        together = 1 if _convolves(self._residual) else traffic.together()
+        if together > 1:
+            with contextlib.suppress(RuntimeError, ValueError), CommonFactor():  # type: ignore[no-untyped-call]
+                return torch.cat([*pulled, *map(self._pull_batch, torch.split(rest, together))])
+        return torch.cat([*pulled, super().pull_lower_each(rest)])  # where it cannot be batched, too
+
+    def _pull_batch(self, cotangents: Tensor) -> Tensor:
+        (pulled,) = torch.autograd.grad(
+            self._residual, self._lower, cotangents, retain_graph=True, allow_unused=True, is_grads_batched=True
+        )
+        return cotangents.new_zeros(len(cotangents), self._lower.numel()) if pulled is None else pulled
 
     def push_lower(self, tangent: Tensor) -> Tensor:
         """Return (dF/d lower) tangent."""

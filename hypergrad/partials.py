@@ -75,7 +75,7 @@ class AcrossRanks:
     def mean(
         self, own: Partials, like: Mapping[Leaf, Tensor], buffers: Sequence[Tensor], signals: Signals | None
     ) -> Partials:
-        """Return the mean over ranks; `buffers` get theirs, and `signals` travel along.
+        """Return the mean over ranks; `buffers` get theirs, and `signals` travel along. Derivatives keep their graph.
 
         Args:
             own: this rank's.
@@ -102,6 +102,7 @@ class AcrossRanks:
         names = {".".join(pair): pair for pair in whole}
         local = {text: own.found[pair] for text, pair in names.items() if pair in own.found}
         averaged, means = self._ranks.average_params(local, {text: like[pair] for text, pair in names.items()}, also)
+        means = [m.detach() for m in means]
         if signals is not None:
             *means, sent = means
             signals.receive(sent)

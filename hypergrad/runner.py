@@ -31,7 +31,7 @@ from hypergrad.partials import AcrossRanks, Leaf, Partials, mean, mean_metrics
 from hypergrad.problem import Problem, criterion_value, loss_value, penalty_value
 from hypergrad.snapshot import restore, snapshot
 from hypergrad.source import Source
-from hypergrad.step import Recipe, Recording, States, Step, versions
+from hypergrad.step import Leaves, Recipe, Recording, States, Step, versions
 from hypergrad.stepper import Stepper
 from hypergrad.trajectory import Trajectory
 
@@ -401,9 +401,10 @@ class Runner:
         step = self.window[-1] if self.window and self.window[-1].index == self.window_size else None
         tapes = step is not None and self.recording is not None and self.recording.tapes(step.index) and not read
         before = {key: buffer._version for key, buffer in self.float_buffers.items()}
+        taped: Leaves | None = None
         with torch.enable_grad():
             if tapes and step is not None:
-                outcome = self._taped_partials(step, batch)
+                outcome, taped = self._taped_partials(step, batch)
             else:
                 outcome = mean(
                     [self._part_partials(part, leaves) for part in self._parts(batch, self.problem.micro_batches)]
@@ -418,10 +419,13 @@ class Runner:
                 )
         if self.across is not None:
             written = [b for key, b in self.float_buffers.items() if b._version != before[key]]
-            means = self.across.mean(outcome, {} if tapes else leaves, written, signals)
-            outcome = replace(means, found=outcome.found) if tapes else means  # a taped gradient is a mean already
+            like = leaves if taped is None else {(self.name, ""): taped[0]}
+            with torch.set_grad_enabled(taped is not None):
+                outcome = self.across.mean(outcome, like, written, signals)
         elif signals is not None:
             signals.agree()
+        if taped is not None:
+            outcome = self._keep_tape(outcome, taped)
         by_problem: dict[str, Params] = {self.name: {}}
         for (name, key), g in outcome.found.items():
             by_problem.setdefault(name, {})[key] = g
@@ -455,38 +459,40 @@ class Runner:
             )
         return value, metrics
 
-    def _taped_partials(self, step: Step, batch: Any) -> Partials:
-        """Return the same with the graph of the gradient kept in the step's record."""
+    def _taped_partials(self, step: Step, batch: Any) -> tuple[Partials, Leaves]:
+        """Return the same with one derivative, the flat gradient with its graph, and the leaves of that graph.
+
+        With ranks it is this rank's own, of which their mean is the gradient.
+        """
         assert step.flat is not None
         leaf = step.flat.detach().requires_grad_()
         above: Params = {}
         for name in self.graph.depends(self.name):
             above.update({key: v.requires_grad_() for key, v in self.network.variables(name).items()})
-        with second_order():
-            seen = step.batch.constants if isinstance(step.batch, Surrounded) else {}
-            value, metrics, taped = self._taped(batch, leaf, above, seen)
-        self.window[-1] = replace(step, taped=taped, leaves=(leaf, above), versions=versions(above))
-        slopes = self.layout.unravel(taped.detach().clone())  # clipped in place
-        return Partials(value, metrics, {(self.name, key): g for key, g in slopes.items()})
-
-    def _taped(self, batch: Any, leaf: Tensor, above: Params, seen: Params) -> tuple[Tensor, dict[str, Any], Tensor]:
-        """Return loss, metrics and gradient at `leaf`, the gradient with its graph."""
-        flat, upper, parts = leaf, above, [batch]
-        if self.problem.micro_batches > 1:
-            parts = self._split(batch, self.problem.micro_batches)
-        if self.ranks is not None:
-            (flat,), upper = self.ranks.share([leaf]), self.ranks.share_params(above)
+        flat, upper = leaf, above
+        if self.ranks is not None:  # one node for both: a product sends one message for the two of them
+            flat, *tensors = self.ranks.share([leaf, *above.values()])
+            upper = dict(zip(above, tensors, strict=True))
+        seen = step.batch.constants if isinstance(step.batch, Surrounded) else {}
         overrides = seen | own(self.name, self.layout.unravel(flat)) | upper
         scale = None if self.scale is None else self.scale.value
         if scale is not None:
             overrides = entered(overrides, scale)
-        several = [self._evaluate(part, overrides) for part in parts]
-        value = torch.stack([value for value, _ in several]).mean() if len(several) > 1 else several[0][0]
-        if scale is not None:
-            value = left(value, scale)
-        (taped,) = torch.autograd.grad(value, leaf, create_graph=True)
+        with second_order():
+            several = [self._evaluate(part, overrides) for part in self._parts(batch, self.problem.micro_batches)]
+            value = torch.stack([value for value, _ in several]).mean() if len(several) > 1 else several[0][0]
+            if scale is not None:
+                value = left(value, scale)
+            (taped,) = torch.autograd.grad(value, flat, create_graph=True)
         metrics = mean_metrics([metrics for _, metrics in several]) if len(several) > 1 else several[0][1]
-        return value, metrics, taped
+        return Partials(value, metrics, {(self.name, ""): taped}), (leaf, above)
+
+    def _keep_tape(self, outcome: Partials, leaves: Leaves) -> Partials:
+        """Put the taped gradient in `outcome` into the step's record; return its values by parameter instead."""
+        taped = outcome.found[self.name, ""]
+        self.window[-1] = replace(self.window[-1], taped=taped, leaves=leaves, versions=versions(leaves[1]))
+        slopes = self.layout.unravel(taped.detach().clone())  # clipped in place
+        return replace(outcome, found={(self.name, key): g for key, g in slopes.items()})
 
     def evaluate_again(self, batch: Any) -> tuple[Tensor, Params]:
         """Return the loss and its gradient once more, for optimizers that evaluate several times a step."""

@@ -34,6 +34,9 @@ HyperFunction = Callable[..., Any]
 States = tuple[State, ...]
 """An optimizer's state, one for each of its parameter groups."""
 
+Leaves = tuple[Tensor, Params]
+"""Flat lower parameters and the upper ones, as leaves of a tape."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -85,7 +88,7 @@ class Step:
     states: States | None = None
     taped: Tensor | None = None
     """The gradient with its graph, where `retain` kept it; its leaves are `leaves`."""
-    leaves: tuple[Tensor, Params] | None = None
+    leaves: Leaves | None = None
     versions: tuple[int, ...] = ()
     """Those of the upper leaves when the tape was made; they share memory with the caller's tensors."""
     taken: bool = True

@@ -89,9 +89,7 @@ def _response(method: Method, steps: int, products: int, gradients: int) -> Mess
             return Counter({_lower(2): 1, _lower(): products - 1, _UPPER: 1})
         case Unrolled():  # each step of the window again, where it was not retained, and its product
             n = _Sweep.of(method, steps)
-            return Counter(
-                {_lower(): n.again + n.swept + n.taped, _lower(1, 1): n.swept, _UPPER: n.taped, _WORD: n.taped}
-            )
+            return Counter({_lower(): n.again + n.swept, _lower(1, 1): n.swept + n.taped})
         case ForwardUnrolled():
             return Counter({_lower(): products, _UPPER: steps + 1, _WORD: 1})
         case OneStep():

@@ -76,7 +76,7 @@ class BiSSL(System):
     source: SourceOptions = field(default_factory=Source)
     pretraining: Pretraining = field(default_factory=Pretraining)
     evaluation: Evaluation = field(default_factory=Evaluation)
-    method: tuple[MethodName, ...] = ("cg", "layerwise-cg", "damped", "neumann", "one-step", "no-implicit")
+    method: tuple[MethodName, ...] = ("cg", "layerwise-cg", "one-step", "no-implicit")
     alternations: int = 50
     lower_steps: int = 10
     upper_steps: int = 8
