@@ -225,13 +225,23 @@ def run(build: Callable[..., Setup], steps: int, *arguments: Any, **options: Any
 
 
 def gap(one: list[dict[str, list[float]]], other: list[dict[str, list[float]]]) -> list[float]:
-    """Return at each step the largest difference of any entry, relative to the largest entry of its tensor."""
+    """Return at each step the largest difference of any entry, relative to the largest entry of its tensor.
+
+    That of the step for losses and hypergradients; for parameters that of the whole run: a bias, one number, may pass
+    through zero, where nothing is large beside its rounding.
+    """
+    largest: dict[str, float] = {}
+    for theirs in other:
+        for key, values in theirs.items():
+            largest[key] = max(largest.get(key, 0.0), *map(abs, values))
     gaps = []
     for ours, theirs in zip(one, other, strict=True):
         assert ours.keys() == theirs.keys()
         worst = 0.0
         for key, values in ours.items():
             a, b = torch.tensor(values, dtype=torch.float64), torch.tensor(theirs[key], dtype=torch.float64)
-            worst = max(worst, float((a - b).abs().max() / b.abs().max().clamp_min(1e-12)))
+            of_step = key == "loss" or key.startswith("grad ")
+            size = float(b.abs().max()) if of_step else largest[key]
+            worst = max(worst, float((a - b).abs().max()) / max(size, 1e-12))
         gaps.append(worst)
     return gaps
