@@ -5,20 +5,21 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import torch
 import tyro
 from torch import Tensor, nn
 
 import hypergrad as hg
+from ssl_tasks.datasets import Data
 from ssl_tasks.hypergradients import MethodName, method_of
 from ssl_tasks.optimizers import cosine, optimizer_of
 from ssl_tasks.pipeline import descend
-from ssl_tasks.recipes import Pretraining
+from ssl_tasks.recipes import Evaluation, Pretraining, Source
 from ssl_tasks.ridge import ridge_probe
 from ssl_tasks.streams import Labelled
-from ssl_tasks.system import COLUMNS, Arm, Trial
+from ssl_tasks.system import COLUMNS, Arm, Experiment, Trial
 
 START, UNIFORM, SAME_COST = "the start", "uniform", "uniform, same cost"
 MARKED: Mapping[str, str] = {"probe": COLUMNS["probe"], "planted": "planted", "next": "next", **COLUMNS}
@@ -164,6 +165,82 @@ def learned(
         return trial.backbone.encoder
 
     return Arm(train, steps, lambda trial: graph(trial, name))
+
+
+class Guided(Protocol):
+    """What the methods of this kind have in common, by which their experiment is put together."""
+
+    @property
+    def source(self) -> Source:
+        """The data."""
+
+    @property
+    def pretraining(self) -> Pretraining:
+        """The lower level."""
+
+    @property
+    def evaluation(self) -> Evaluation:
+        """Downstream."""
+
+    @property
+    def guide(self) -> Guide:
+        """The upper level."""
+
+    @property
+    def cost(self) -> float:
+        """Pretext steps that take the time of one of the K."""
+
+    def uniform(self, steps: int) -> Arm:
+        """Return the control in which nothing is learned above."""
+
+    def graph(self, trial: Trial, name: MethodName) -> hg.Engine:
+        """Return the engine of the two levels."""
+
+    def note(self, trial: Trial, history: hg.History) -> None:
+        """Leave in the trial what a run found."""
+
+
+def experiment_of(
+    method: Guided,
+    *,
+    title: str,
+    columns: Mapping[str, str],
+    curves: Mapping[str, str],
+    oracle: Mapping[str, Arm] | None = None,
+    prepare: Callable[[Data, int], Data] = lambda data, seed: data,  # noqa: ARG005
+) -> Experiment:
+    """Return the uniform arms, one that knows what is planted, and an arm for each hypergradient method.
+
+    Args:
+        method: whose arms they are.
+        title: of the table.
+        columns: of the table, name -> heading.
+        curves: of a figure, name -> label.
+        oracle: the name of the arm that knows what is planted, and that arm.
+        prepare: data and seed -> the data in which it is planted.
+    """
+    guide, known = method.guide, dict(oracle or {})
+    arms = {
+        START: Arm(lambda trial: trial.backbone.encoder),
+        UNIFORM: method.uniform(guide.total),
+        SAME_COST: method.uniform(round(method.cost * guide.total)),
+        **known,
+    }
+    for name in dict.fromkeys(guide.method):
+        arms[f"learned, {name}"] = learned(method.graph, name, steps=guide.steps, note=method.note)
+    return Experiment(
+        title=title,
+        source=method.source,
+        pretraining=method.pretraining,
+        evaluation=method.evaluation,
+        arms=arms,
+        over=UNIFORM,
+        controls=(SAME_COST, *known),
+        columns=columns,
+        panels={"probe": "linear probe, %", "knn": "k-NN, %"},
+        curves=curves,
+        prepare=prepare,
+    )
 
 
 def mark(trial: Trial, planted: list[float], nearest: list[float]) -> None:

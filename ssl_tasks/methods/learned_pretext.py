@@ -32,7 +32,7 @@ from torch import Tensor, nn
 import hypergrad as hg
 from ssl_tasks.augment import blurred
 from ssl_tasks.datasets import Data, Split
-from ssl_tasks.guided import MARKED, SAME_COST, START, UNIFORM, Guide, GuideOptions, fixed, learned, mark
+from ssl_tasks.guided import MARKED, Guide, GuideOptions, experiment_of, fixed, mark
 from ssl_tasks.hypergradients import MethodName
 from ssl_tasks.pretext import PretextName
 from ssl_tasks.readers import to_float
@@ -112,27 +112,13 @@ class LearnedPretext(System):
 
     def experiment(self) -> Experiment:
         """Return the uniform arms, the one that knows what is planted, and an arm for each hypergradient method."""
-        start, total = [self.strength] * len(AUGMENTATIONS), self.guide.total
-        arms = {
-            START: Arm(lambda trial: trial.backbone.encoder),
-            UNIFORM: self._fixed(start, total),
-            SAME_COST: self._fixed(start, round(self.cost * total)),
-        }
-        if self.nuisance != "none":
-            arms[ORACLE] = self._fixed([0.95 if k == self.nuisance else self.strength for k in AUGMENTATIONS], total)
-        for name in dict.fromkeys(self.guide.method):
-            arms[f"learned, {name}"] = learned(self.graph, name, steps=self.guide.steps, note=self._note)
-        return Experiment(
+        known = [0.95 if k == self.nuisance else self.strength for k in AUGMENTATIONS]
+        return experiment_of(
+            self,
             title=f"learned pretext, planted: {self.nuisance}",
-            source=self.source,
-            pretraining=self.pretraining,
-            evaluation=self.evaluation,
-            arms=arms,
-            over=UNIFORM,
-            controls=(SAME_COST, *([ORACLE] if ORACLE in arms else [])),
             columns=MARKED,
-            panels={"probe": "linear probe, %", "knn": "k-NN, %"},
             curves={"planted": "strength of the planted augmentation", "next": "largest other strength"},
+            oracle={} if self.nuisance == "none" else {ORACLE: self._fixed(known, self.guide.total)},
             prepare=self.plant,
         )
 
@@ -201,6 +187,10 @@ class LearnedPretext(System):
 
         return Drawn(images=images, draw=twice, batch_size=recipe.batch_size, seed=trial.seed + 20_000)
 
+    def uniform(self, steps: int) -> Arm:
+        """Return the control that leaves every strength and weight at its start."""
+        return self._fixed([self.strength] * len(AUGMENTATIONS), steps)
+
     def _fixed(self, strengths: list[float], steps: int) -> Arm:
         def loss(tower: nn.Module, batch: Batch) -> Tensor:
             like = batch["images"]
@@ -209,7 +199,8 @@ class LearnedPretext(System):
 
         return fixed(loss, self.batches, self.pretraining, steps=steps)
 
-    def _note(self, trial: Trial, history: hg.History) -> None:
+    def note(self, trial: Trial, history: hg.History) -> None:
+        """Leave strengths and weights in the trial, as they end."""
         keys = [*(f"s_{k}" for k in AUGMENTATIONS), *(f"w_{k}" for k in self.losses)]
         trial.noted.update({key: history[f"choice.{key}"][-1] for key in keys})
         if self.nuisance != "none":

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 import hypergrad as hg
 from ssl_tasks.encoders import projection_head
-from ssl_tasks.guided import SAME_COST, START, UNIFORM, Guide, GuideOptions, fixed, learned
+from ssl_tasks.guided import Guide, GuideOptions, experiment_of, fixed
 from ssl_tasks.hypergradients import MethodName
 from ssl_tasks.losses import reconstruction
 from ssl_tasks.pretext import Tower
@@ -112,24 +112,10 @@ class Masked(System):
 
     def experiment(self) -> Experiment:
         """Return the uniform arms and an arm for each hypergradient method."""
-        total = self.guide.total
-        arms = {
-            START: Arm(lambda trial: trial.backbone.encoder),
-            UNIFORM: self._uniform(total),
-            SAME_COST: self._uniform(round(self.cost * total)),
-        }
-        for name in dict.fromkeys(self.guide.method):
-            arms[f"learned, {name}"] = learned(self.graph, name, steps=self.guide.steps, note=self._note)
-        return Experiment(
+        return experiment_of(
+            self,
             title=f"masked autoencoder, learned: {self.learn}",
-            source=self.source,
-            pretraining=self.pretraining,
-            evaluation=self.evaluation,
-            arms=arms,
-            over=UNIFORM,
-            controls=(SAME_COST,),
             columns={"probe": COLUMNS["probe"], "masked": "masked", "inner": "inner", "outer": "outer", **COLUMNS},
-            panels={"probe": "linear probe, %", "knn": "k-NN, %"},
             curves={"inner": f"{self._quantity}, inner half", "outer": f"{self._quantity}, outer half"},
         )
 
@@ -185,14 +171,17 @@ class Masked(System):
         count = (height // self.patch) * (width // self.patch)
         return Patches(count, self.ratio, self.learn).to(next(trial.backbone.encoder.parameters()))
 
-    def _uniform(self, steps: int) -> Arm:
+    def uniform(self, steps: int) -> Arm:
+        """Return the control with one ratio for all patches."""
+
         def loss(tower: nn.Module, batch: Batch) -> Tensor:
             logit = math.log(self.ratio / (1 - self.ratio))
             return self.loss(tower, batch, torch.full_like(batch[1][0], logit), torch.ones_like(batch[1][0]))
 
         return fixed(loss, self.batches, self.pretraining, steps=steps, tower=self.start)
 
-    def _note(self, trial: Trial, history: hg.History) -> None:
+    def note(self, trial: Trial, history: hg.History) -> None:
+        """Leave the masking in the trial, as it ends."""
         names = ("masked", "inner", "outer")
         trial.noted.update({name: history[f"choice.{name}"][-1] for name in names})
         trial.curves.update({name: history[f"choice.{name}"] for name in names[1:]})

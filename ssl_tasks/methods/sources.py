@@ -29,7 +29,7 @@ from torch import Tensor, nn
 import hypergrad as hg
 from ssl_tasks.augment import Augmentation
 from ssl_tasks.datasets import Data
-from ssl_tasks.guided import MARKED, SAME_COST, START, UNIFORM, Guide, GuideOptions, fixed, learned, mark
+from ssl_tasks.guided import MARKED, Guide, GuideOptions, experiment_of, fixed, mark
 from ssl_tasks.hypergradients import MethodName
 from ssl_tasks.readers import to_float
 from ssl_tasks.recipes import LARGE, TINY, Evaluation, Pretraining, Source, SourceOptions
@@ -116,27 +116,12 @@ class Sources(System):
 
     def experiment(self) -> Experiment:
         """Return the uniform arms, the one that knows what is spoilt, and an arm for each hypergradient method."""
-        total = self.guide.total
-        arms = {
-            START: Arm(lambda trial: trial.backbone.encoder),
-            UNIFORM: self._fixed(total, knowing=False),
-            SAME_COST: self._fixed(round(self.cost * total), knowing=False),
-        }
-        if self.spoilt != "none":
-            arms[ORACLE] = self._fixed(total, knowing=True)
-        for name in dict.fromkeys(self.guide.method):
-            arms[f"learned, {name}"] = learned(self.graph, name, steps=self.guide.steps, note=self._note)
-        return Experiment(
+        return experiment_of(
+            self,
             title=f"sources, one {self.spoilt}",
-            source=self.source,
-            pretraining=self.pretraining,
-            evaluation=self.evaluation,
-            arms=arms,
-            over=UNIFORM,
-            controls=(SAME_COST, *([ORACLE] if ORACLE in arms else [])),
             columns=MARKED,
-            panels={"probe": "linear probe, %", "knn": "k-NN, %"},
             curves={"planted": "weight of the spoilt source", "next": "smallest other weight"},
+            oracle={} if self.spoilt == "none" else {ORACLE: self._fixed(self.guide.total, knowing=True)},
             prepare=self.plant,
         )
 
@@ -178,6 +163,10 @@ class Sources(System):
             )
         )
 
+    def uniform(self, steps: int) -> Arm:
+        """Return the control in which every source weighs the same."""
+        return self._fixed(steps, knowing=False)
+
     def _fixed(self, steps: int, *, knowing: bool) -> Arm:
         def batches(trial: Trial) -> Iterator[tuple[Views2, ...]]:
             bad = trial.seed % self.count if knowing else self.count
@@ -188,7 +177,8 @@ class Sources(System):
 
         return fixed(loss, batches, self.pretraining, steps=steps)
 
-    def _note(self, trial: Trial, history: hg.History) -> None:
+    def note(self, trial: Trial, history: hg.History) -> None:
+        """Leave the weights in the trial, as they end."""
         weights = [history[f"choice.w_{k}"] for k in range(self.count)]
         trial.noted.update({f"w_{k}": values[-1] for k, values in enumerate(weights)})
         if self.spoilt != "none":
