@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hypergrad.operators import Operator
-from hypergrad.solvers._probes import gaussian_rows
+from hypergrad.solvers._probes import signs
 from hypergrad.solvers.base import Apply
 
 
@@ -33,7 +33,7 @@ class LowRank(NamedTuple):
 def approximate(op: Operator, rank: int, seed: int) -> LowRank:
     """Return the randomized Nystrom approximation of `op`.
 
-    With W an orthonormal basis of the span of `rank` random vectors and Y = A W + s W, a tiny shift s keeping
+    With W an orthonormal basis of the span of `rank` random vectors of signs and Y = A W + s W, a tiny shift s keeping
     W^T Y positive definite,
 
         A_nys = Y (W^T Y)^{-1} Y^T = B B^T,  B = Y C^{-T},  C C^T = W^T Y,  B = Q R,  core = R R^T.
@@ -42,7 +42,7 @@ def approximate(op: Operator, rank: int, seed: int) -> LowRank:
     device. Costs min(rank, n) products.
     """
     rank = min(rank, op.size)
-    probes = gaussian_rows(op.size, seed=seed, count=rank, dtype=op.dtype, device=op.device)
+    probes = signs(op.size, seed=seed, count=rank, dtype=op.dtype, device=op.device)
     w = torch.linalg.qr(probes.mT)[0]
     y = op.mm(w.mT).mT
     finite = torch.linalg.vector_norm(y) < float("inf")

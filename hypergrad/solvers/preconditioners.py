@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import final
 
 import torch
 
 from hypergrad.operators import Function, Operator
-from hypergrad.solvers._probes import rademacher
+from hypergrad.solvers._probes import signs
 from hypergrad.solvers._sketch import approximate, inverse, shifted_inverse
 from hypergrad.solvers.base import Apply, Preconditioner, check_count, check_number, largest
 
@@ -59,8 +58,7 @@ class HutchinsonDiagonal(Preconditioner):
 
     def build(self, op: Operator) -> tuple[Apply, int]:
         """Return r -> r / |diagonal|, and `num_probes`."""
-        draw = partial(rademacher, op.size, seed=self.seed, dtype=op.dtype, device=op.device)
-        z = torch.stack([draw(stream=stream) for stream in range(self.num_probes)])
+        z = signs(op.size, seed=self.seed, count=self.num_probes, dtype=op.dtype, device=op.device)
         diagonal = (z * op.mm(z)).mean(0).abs()
         top = largest(diagonal)
         diagonal = torch.maximum(diagonal, self.floor * torch.where(top > 0, top, 1.0))
