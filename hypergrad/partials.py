@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hypergrad._shards import is_shard
 from hypergrad.distributed import Ranks, Signals
@@ -63,25 +63,62 @@ def _mean(values: Sequence[Any]) -> Any:
     return values[-1]
 
 
+class WrittenBuffers:
+    """A module's floating-point buffers, and which of them have been written: in place, or assigned anew."""
+
+    def __init__(self, module: nn.Module) -> None:
+        """Find them; `begin` says from when on writing counts."""
+        self._places = {
+            f"{prefix}.{name}" if prefix else name: (owner, name)
+            for prefix, owner in module.named_modules()
+            for name in owner._buffers
+        }
+        self._before: dict[str, tuple[Tensor, int]] = {}
+
+    def begin(self) -> None:
+        """Forget what has been written."""
+        self._before = self._marks()
+
+    def names(self) -> list[str]:
+        """Return the names of those written since."""
+        before = self._before
+        return [
+            name
+            for name, (buffer, version) in self._marks().items()
+            if name not in before or before[name][0] is not buffer or before[name][1] != version
+        ]
+
+    def values(self, names: Sequence[str]) -> list[Tensor]:
+        """Return the present tensors of these names."""
+        return [owner._buffers[name] for owner, name in (self._places[key] for key in names)]  # type: ignore[misc]
+
+    def _marks(self) -> dict[str, tuple[Tensor, int]]:
+        found = ((key, owner._buffers.get(name)) for key, (owner, name) in self._places.items())
+        return {key: (b, b._version) for key, b in found if b is not None and b.is_floating_point()}
+
+
 class AcrossRanks:
     """Means of one problem's partials over the ranks, by one all-reduce each."""
 
-    def __init__(self, ranks: Ranks) -> None:
-        """Begin without knowing the metrics."""
-        self._ranks = ranks
-        self._metric_names: list[str] | None = None
+    def __init__(self, ranks: Ranks, module: nn.Module) -> None:
+        """Begin without knowing metrics and buffers."""
+        self._ranks, self._buffers = ranks, WrittenBuffers(module)
+        self._metric_names: list[str] = []
         """Those that are averaged: what any rank returned the first time."""
+        self._written: list[str] | None = None
+        """The buffers that are averaged: what the evaluation has written on any rank so far."""
 
-    def mean(
-        self, own: Partials, like: Mapping[Leaf, Tensor], buffers: Sequence[Tensor], signals: Signals | None
-    ) -> Partials:
-        """Return the mean over ranks; `buffers` get theirs, and `signals` travel along. Derivatives keep their graph.
+    def begin(self) -> None:
+        """Take note of the buffers; an evaluation comes next."""
+        self._buffers.begin()
+
+    def mean(self, own: Partials, like: Mapping[Leaf, Tensor], signals: Signals | None) -> Partials:
+        """Return the mean over ranks; the buffers written get theirs, in place. Derivatives keep their graph.
 
         Args:
             own: this rank's.
             like: the parameters whose derivatives are averaged, with their shapes.
-            buffers: that the evaluation has written, averaged in place.
-            signals: of the top level.
+            signals: of the top level, which travel along.
         """
         value, metrics = own.value, own.metrics
         numbers = {
@@ -89,9 +126,13 @@ class AcrossRanks:
             for key, m in metrics.items()
             if isinstance(m, int | float) or (isinstance(m, Tensor) and m.numel() == 1 and not m.is_complex())
         }
-        if self._metric_names is None:
-            self._metric_names = sorted(set[str]().union(*gather_objects(self._ranks, list(numbers))))
-        known = self._metric_names
+        written = self._buffers.names()
+        if self._written is None or not set(written) <= set(self._written):
+            told = gather_objects(self._ranks, (list(numbers), written))
+            if self._written is None:
+                self._metric_names = sorted(set[str]().union(*(names for names, _ in told)))
+            self._written = sorted(set(self._written or []).union(*(names for _, names in told)))
+        known, buffers = self._metric_names, self._buffers.values(self._written)
         slots = [numbers[key].detach().reshape(()) if key in numbers else value.new_zeros(()) for key in known]
         given = torch.tensor([float(key in numbers) for key in known], device=value.device)
         also = [value.detach(), *slots, given, *buffers]

@@ -78,7 +78,6 @@ class Runner:
         """Which own step of the window is being taken."""
         self.began_at_start = False
         self.variables = problem.variables()
-        self.float_buffers = {key: b for key, b in problem.module.named_buffers() if b.is_floating_point()}
         self.whole = Layout.of(held_params(self.variables), what=f"the variables of problem {self.name!r}")
         self.stepper = Stepper(problem)
         begins_anew = problem.tasks is None and (problem.restarts or problem.start is not None)
@@ -92,7 +91,7 @@ class Runner:
         self.compiled: dict[Any, Any] = {}
         """This problem's loss over tasks, compiled, by what it is compiled for; None where it cannot be."""
         self._kept: tuple[list[dict[str, Any]], Recipe] | None = None
-        self.across = None if ranks is None else AcrossRanks(ranks)
+        self.across = None if ranks is None else AcrossRanks(ranks, problem.module)
 
     # --- what the graph knows, used here -----------------------------------------------------------------------------
 
@@ -400,7 +399,8 @@ class Runner:
             leaves = leaves | other.own_leaves
         step = self.window[-1] if self.window and self.window[-1].index == self.window_size else None
         tapes = step is not None and self.recording is not None and self.recording.tapes(step.index) and not read
-        before = {key: buffer._version for key, buffer in self.float_buffers.items()}
+        if self.across is not None:
+            self.across.begin()
         taped: Leaves | None = None
         with torch.enable_grad():
             if tapes and step is not None:
@@ -418,10 +418,9 @@ class Runner:
                     f"the graph was inferred. Say Problem({self.name!r}, reads=[{name!r}, ...])."
                 )
         if self.across is not None:
-            written = [b for key, b in self.float_buffers.items() if b._version != before[key]]
             like = leaves if taped is None else {(self.name, ""): taped[0]}
             with torch.set_grad_enabled(taped is not None):
-                outcome = self.across.mean(outcome, like, written, signals)
+                outcome = self.across.mean(outcome, like, signals)
         elif signals is not None:
             signals.agree()
         if taped is not None:

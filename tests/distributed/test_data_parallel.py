@@ -236,6 +236,52 @@ def _noisy_data() -> Any:
     return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=16, shuffle=True)
 
 
+class Watching(nn.Module):
+    """Keeps what it saw: in place, by assigning anew, and on one rank alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(ec.FEATURES, 1).double()
+        for name in ("in_place", "anew", "alone"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.float64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            self.in_place.add_(x.mean())
+            self.anew = 0.5 * self.anew + x.mean()
+            if dist.get_rank() == 1:
+                self.alone.fill_(x.mean())
+        found: torch.Tensor = self.layer(x)
+        return found
+
+
+def _buffers() -> tuple[dict[str, float], list[float]]:
+    torch.manual_seed(0)
+    net = Watching()
+    x = torch.tensor([1.0, 1.0, 2.0, 2.0], dtype=torch.float64).unsqueeze(1).expand(4, ec.FEATURES)
+    problem = hg.Problem(
+        "net",
+        module=net,
+        loss=lambda models, batch: models.net(batch).square().mean(),
+        optimizer=torch.optim.SGD(net.parameters(), lr=0.1),
+        data=[x],
+    )
+    engine = hg.Engine([problem], distributed=True)
+    alone = []
+    for _ in range(2):
+        engine.step()
+        alone.append(float(net.alone))
+    return {name: float(buffer) for name, buffer in net.named_buffers()}, alone
+
+
+def test_buffers_are_means_over_the_ranks_however_they_are_written() -> None:
+    first, second = run_ranks(2, _buffers)
+    assert first == second
+    found, alone = first
+    assert found["in_place"] == 3.0 and found["anew"] == 2.25
+    assert alone == [1.0, 1.5]  # of (0, 2), then of (1, 2)
+
+
 def test_ranks_agree_on_signals_parameters_and_data() -> None:
     first, second = run_ranks(2, _agreements)
     assert first["steps"] == second["steps"] == 1  # one rank asked to stop
