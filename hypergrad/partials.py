@@ -90,7 +90,8 @@ class WrittenBuffers:
 
     def values(self, names: Sequence[str]) -> list[Tensor]:
         """Return the present tensors of these names."""
-        return [owner._buffers[name] for owner, name in (self._places[key] for key in names)]  # type: ignore[misc]
+        present = {key: buffer for key, (buffer, _) in self._marks().items()}
+        return [present[key] for key in names]
 
     def _marks(self) -> dict[str, tuple[Tensor, int]]:
         found = ((key, owner._buffers.get(name)) for key, (owner, name) in self._places.items())
