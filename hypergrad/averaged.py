@@ -183,6 +183,8 @@ class PartsTape(Tape):
         upper: Params,
         loss: Averaged,
         tape_of: TapeOf | None = None,
+        *,
+        valued: bool = True,
     ) -> None:
         """Evaluate the residuals of this rank.
 
@@ -192,13 +194,14 @@ class PartsTape(Tape):
             upper: upper parameters.
             loss: what is averaged.
             tape_of: which tape one residual is put on; None for autograd's.
+            valued: whether `value` will be asked for; without, residuals are first evaluated for a product.
         """
         self._samples, self._lower, self._upper, self._loss = samples, lower, upper, loss
         self._tape_of = tape_of or (lambda r, w, u: AutogradTape(r, w, u, differentiable=False))
         self._count = sum(len(residuals) for _, residuals in samples)
         self._kept: Tape | None = None
         self._value: Tensor | None = None
-        self._local: Tensor | None = self._over_parts(lambda tape: tape.value)
+        self._local = self._over_parts(lambda tape: tape.value) if valued else None
 
     @property
     def value(self) -> Tensor:  # type: ignore[override]

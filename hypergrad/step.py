@@ -57,6 +57,11 @@ class Recipe:
             for name, function in self.hyper.items()
         }
 
+    def is_linear(self) -> bool:
+        """Return whether the step's derivative in parameters, gradient and states needs the value of none of them."""
+        bare = not self.hyper and self.clip_norm is None and self.clip_value is None and self.project is None
+        return bare and all(optimizer.is_linear for optimizer, _ in self.optimizer.groups)
+
     def update(self, flat: Tensor, grad: Tensor, states: States, upper: Params, index: int) -> tuple[Tensor, States]:
         """Return parameters and optimizer states after one step along `grad`."""
         return self.updated(flat, grad, states, self.hyper_values(upper, index))
@@ -178,7 +183,10 @@ class Step:
         cotangents: tuple[Tensor, States],
         compile: Compile,
     ) -> tuple[Tensor, States, Params]:
-        """Return the same for an average: the update first, then its gradient's parts; two all-reduces."""
+        """Return the same for an average: the update first, then its gradient's parts.
+
+        One all-reduce, and another for the gradient's value where the update's derivative needs it.
+        """
         recipe, (bar, state_bars) = self.recipe, cotangents
 
         def part_gradient(part: Any) -> Residual:
@@ -186,8 +194,11 @@ class Step:
             step = replace(self, recipe=part_recipe, batch=part, random=None)
             return lambda w, u: step._taped_gradient(w, u, compile)
 
-        tape = PartsTape([(self.random, [part_gradient(part) for part in loss.parts(self.batch)])], flat, upper, loss)
-        point, grad, *tensors = (t.detach().requires_grad_() for t in (flat, tape.value, *state_tensors(states)))
+        samples = [(self.random, [part_gradient(part) for part in loss.parts(self.batch)])]
+        linear = recipe.is_linear()
+        tape = PartsTape(samples, flat, upper, loss, valued=not linear)
+        value = torch.zeros_like(flat) if linear else tape.value
+        point, grad, *tensors = (t.detach().requires_grad_() for t in (flat, value, *state_tensors(states)))
         leaves = {name: u.detach().requires_grad_() for name, u in upper.items()}
         with torch.enable_grad():
             new, new_states = recipe.update(point, grad, with_tensors(states, tensors), leaves, self.index)

@@ -57,7 +57,7 @@ def _lower(count: int = 1, upper: int = 0) -> Message:
 _WORD, _UPPER = _lower(0), _lower(0, 1)
 
 
-def upper_step(method: Method, steps: int, *, products: int = 0, upper: int = 0) -> Messages:
+def upper_step(method: Method, steps: int, *, products: int = 0, upper: int = 0, linear: bool = True) -> Messages:
     """Return what one upper step of an engine sends whose parameters are whole on every rank.
 
     Args:
@@ -65,13 +65,16 @@ def upper_step(method: Method, steps: int, *, products: int = 0, upper: int = 0)
         steps: its own steps, k.
         products: s, as the statistics count them; for methods that do not say it themselves.
         upper: m, for `ForwardUnrolled` alone.
+        linear: whether the lower optimizer's step is: SGD's, without clipping and learned options.
     """
     if isinstance(method, ForwardUnrolled):
         products = 2 * steps * upper
-    return Counter({_lower(): steps}) + hypergradient(method, steps, products=products)
+    return Counter({_lower(): steps}) + hypergradient(method, steps, products=products, linear=linear)
 
 
-def hypergradient(method: Method, steps: int, *, products: int = 0, gradients: int = 0) -> Messages:
+def hypergradient(
+    method: Method, steps: int, *, products: int = 0, gradients: int = 0, linear: bool = True
+) -> Messages:
     """Return what one hypergradient sends, its outer gradient included and the lower run left out.
 
     Args:
@@ -79,17 +82,18 @@ def hypergradient(method: Method, steps: int, *, products: int = 0, gradients: i
         steps: k.
         products: s.
         gradients: of the lower loss, for a method from outside this package that takes no products.
+        linear: as in `upper_step`.
     """
-    return Counter({_lower(1, 1): 1}) + _response(method, steps, products, gradients)
+    return Counter({_lower(1, 1): 1}) + _response(method, steps, products, gradients, linear)
 
 
-def _response(method: Method, steps: int, products: int, gradients: int) -> Messages:
+def _response(method: Method, steps: int, products: int, gradients: int, linear: bool) -> Messages:
     match method:
         case Implicit():  # the condition itself travels with the first product
             return Counter({_lower(2): 1, _lower(): products - 1, _UPPER: 1})
-        case Unrolled():  # each step of the window again, where it was not retained, and its product
+        case Unrolled():  # each step's product, and before it its gradient, where that was not retained and is needed
             n = _Sweep.of(method, steps)
-            return Counter({_lower(): n.again + n.swept, _lower(1, 1): n.swept + n.taped})
+            return Counter({_lower(): n.again + (0 if linear else n.swept), _lower(1, 1): n.swept + n.taped})
         case ForwardUnrolled():
             return Counter({_lower(): products, _UPPER: steps + 1, _WORD: 1})
         case OneStep():

@@ -326,7 +326,13 @@ def _cost(
     times = ((spent.seconds * tasks + rates.call) / one.seconds, ran.seconds * tasks / one.seconds)
     flat, upper = _bytes(scene.trajectory.end_flat), sum(_bytes(u) for u in scene.upper.values())
     taped = min(saved, peak - record)
-    messages = sent_by(method, scene.trajectory.num_steps, products=count or 0, gradients=gradients)
+    messages = sent_by(
+        method,
+        scene.trajectory.num_steps,
+        products=count or 0,
+        gradients=gradients,
+        linear=all(step.recipe.is_linear() for step in scene.trajectory.steps),
+    )
     return Cost(
         name=name,
         method=method,

@@ -46,6 +46,8 @@ class Optimizer(ABC):
 
     HYPER: ClassVar[frozenset[str]]
     """Names that `hyper` may replace."""
+    is_linear: ClassVar[bool] = False
+    """Whether a step is linear in parameters, gradient and state together: its derivative needs none of them."""
 
     lr: LearningRate = field(kw_only=False)
     maximize: bool = False

@@ -60,6 +60,7 @@ class SGD(Optimizer):
     """
 
     HYPER: ClassVar[frozenset[str]] = frozenset({"lr", "momentum", "dampening", "weight_decay"})
+    is_linear: ClassVar[bool] = True
 
     lr: LearningRate = field(default=1e-3, kw_only=False)
     momentum: Scalar = 0.0

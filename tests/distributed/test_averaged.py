@@ -16,7 +16,9 @@ import hypergrad as hg
 from hypergrad.averaged import split
 
 
-def _hypergradient(name: str, micro_batches: int = 1, *, ranks: hg.distributed.Ranks | None = None) -> dict[str, Any]:
+def _hypergradient(
+    name: str, micro_batches: int = 1, *, ranks: hg.distributed.Ranks | None = None, **options: Any
+) -> dict[str, Any]:
     """Return the hypergradient, the loss and the stationarity by method `name`, each rank on its part of the data."""
     lower_loss, upper_loss = cases.losses(name)
     batches, held_out = cases.data(torch.float64)
@@ -28,9 +30,9 @@ def _hypergradient(name: str, micro_batches: int = 1, *, ranks: hg.distributed.R
         lower_loss = hg.Averaged(lower_loss, micro_batches=micro_batches, ranks=ranks)
         upper_loss = hg.Averaged(upper_loss, micro_batches=micro_batches, ranks=ranks)
     method = cases.METHODS[name]
-    optimizer = hg.optim.Adam(lr=0.1) if name == "sama" else hg.optim.SGD(lr=0.3, momentum=0.5)
-    recording = method.recording(len(batches))
-    run = hg.descend(lower_loss, lower, upper, optimizer=optimizer, batches=batches, recording=recording)
+    usual = hg.optim.Adam(lr=0.1) if name == "sama" else hg.optim.SGD(lr=0.3, momentum=0.5)
+    options = {"optimizer": usual, "recording": method.recording(len(batches))} | options
+    run = hg.descend(lower_loss, lower, upper, batches=batches, **options)
     h = hg.hypergradient(upper_loss, run, upper, method=method, batch=held_out)
     stationarity = h.stats["stationarity"] if "stationarity" in h.stats else torch.zeros(())
     return {**{k: g.tolist() for k, g in h.grad.items()}, "value": h.value.tolist(), "F": stationarity.tolist()}
@@ -45,6 +47,22 @@ def _close(found: dict[str, Any], truth: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", cases.METHODS)
 def test_micro_batches_make_the_full_batch(name: str) -> None:
     _close(_hypergradient(name, 4), _hypergradient(name))
+
+
+STEPS: dict[str, dict[str, Any]] = {
+    "momentum and decay": {"optimizer": hg.optim.SGD(lr=0.3, momentum=0.5, nesterov=True, weight_decay=0.1)},
+    "adaptive": {"optimizer": hg.optim.Adam(lr=0.1)},
+    "clipped": {"clip_norm": 0.1},
+    "clipped by value": {"clip_value": 0.05},
+    "learned rate": {"hyper": {"lr": lambda upper: 0.2 * upper["decay"].mean().sigmoid()}},
+    "projected": {"project": lambda params: {name: p.tanh() for name, p in params.items()}},
+}
+
+
+@pytest.mark.parametrize("how", STEPS)
+@pytest.mark.parametrize("name", ["unrolled", "unrolled_retain", "truncated"])
+def test_sweeps_through_any_step_in_micro_batches(name: str, how: str) -> None:
+    _close(_hypergradient(name, 4, **STEPS[how]), _hypergradient(name, **STEPS[how]))
 
 
 def test_ranks_make_the_union_batch_in_the_functional_form() -> None:
