@@ -69,8 +69,11 @@ def same_state(one: RandomState | None, other: RandomState | None) -> bool:
 
 @contextlib.contextmanager
 def replaying(state: RandomState | None) -> Iterator[None]:
-    """Run the body on the draws that follow `state`, then continue the generators where they were."""
-    if state is None:
+    """Run the body on the draws that follow `state`, then continue the generators where they were.
+
+    In a compiled region, which cannot set generators, the body goes on with their draws.
+    """
+    if state is None or torch.compiler.is_compiling():
         yield
         return
     present = random_state(state.device)

@@ -330,7 +330,7 @@ def take(
     else:
         flat, states = live.advance(flat, states, upper, compile=compile)
     if in_transform():
-        flat, states = constant(flat), with_tensors(states, [constant(t) for t in state_tensors(states)])
+        flat, states = constant(flat), constant_states(states)
     return step, flat, states
 
 
@@ -347,6 +347,11 @@ def takes_step(function: HyperFunction) -> bool:
 def state_tensors(states: States) -> list[Tensor]:
     """Return the tensors of optimizer states in a fixed order."""
     return [value for state in states for value in state.values() if isinstance(value, Tensor)]
+
+
+def constant_states(states: States) -> States:
+    """Return `states` with the `constant` of each tensor."""
+    return with_tensors(states, [constant(tensor) for tensor in state_tensors(states)])
 
 
 def with_tensors(states: States, tensors: list[Tensor]) -> States:

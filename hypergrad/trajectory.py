@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from hypergrad._flat import Layout, Params, as_params, check_params, constant
-from hypergrad._functional import Loss
+from hypergrad._functional import Loss, in_transform
 from hypergrad._random import RandomState, random_state, same_state
 from hypergrad._untouched import untouched
 from hypergrad.fused import fused
 from hypergrad.optim import Bound, Optimizer, bind
-from hypergrad.step import HyperFunction, Recipe, Recording, States, Step, take
+from hypergrad.step import HyperFunction, Recipe, Recording, States, Step, constant_states, take
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer as TorchOptimizer
@@ -221,6 +221,8 @@ def descend(
     with untouched(layout.device):
         flat = constant(layout.record(begun))
         states = bound_optimizer.init(flat) if state is None else _continued(state, bound_optimizer, flat)
+        if in_transform():  # even zeros belong to the innermost transform, which may end before they are read
+            states = constant_states(states)
         whole = fused(recipe, states, constants, recording.compile) if recording.taped_from is None else None
         advance = None if whole is None else whole.advance
         random = random_state(layout.device)

@@ -15,6 +15,19 @@ NAN, INF = float("nan"), float("inf")
 W, U = {"w": torch.zeros(2)}, {"c": torch.ones(2)}
 SGD = hg.optim.SGD(lr=0.25)
 CG = hg.Implicit(hg.CG(5))
+TWO = {**U, "s": torch.ones(2)}
+BEGIN_ANYWHERE = [
+    CG,
+    hg.OneStep(),
+    hg.FiniteDifference(),
+    hg.Penalty(),
+    hg.SOBA(),
+    hg.AmIGO(),
+    hg.StocBiO(),
+    hg.F2SA(),
+    hg.BOME(),
+]
+"""Methods that ignore where a run begins."""
 
 
 def lower_loss(w: Any, u: Any, b: Any) -> Tensor:
@@ -135,6 +148,13 @@ ROWS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: run(start=lambda u: {"v": torch.zeros(2)}),
         "the result of start has the wrong entries",
     ),
+    **{
+        f"start of variables that nothing else reads, {type(method).__name__}": (
+            lambda method=method: gradient(run(upper=TWO, start=lambda u: {"w": u["s"]}), method, TWO),
+            r"ignores where the lower run begins, which is a function of \['s'\].*hg.Unrolled",
+        )
+        for method in BEGIN_ANYWHERE
+    },
     "start that is no function": (lambda: run(start=W), "start must be a function, got dict"),
     "a negative clip_norm": (lambda: run(clip_norm=-1.0), "clip_norm must be a positive number, got -1.0"),
     "clip_value zero": (lambda: run(clip_value=0.0), "clip_value must be a positive number"),

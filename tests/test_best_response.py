@@ -12,6 +12,8 @@ from torch import Tensor
 import hypergrad as hg
 from hypergrad.testing import relative_error, spd
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # by torch.func.jvp
+
 Params = dict[str, Tensor]
 F64 = torch.float64
 GENERATOR = torch.Generator().manual_seed(0)
@@ -39,9 +41,12 @@ def outer(x: Tensor, u: Tensor) -> Tensor:
     return (0.25 * (x - C) ** 4).sum() + (x @ B) @ u
 
 
-def value(u: Tensor, method: hg.Method, steps: int = 60) -> Tensor:
+SGD = hg.optim.SGD(lr=0.7)
+
+
+def value(u: Tensor, method: hg.Method, steps: int = 60, optimizer: hg.optim.Optimizer = SGD) -> Tensor:
     upper = {"u": u}
-    trajectory = hg.descend(lower_loss, LOWER, upper, optimizer=hg.optim.SGD(lr=0.7), batches=[None] * steps)
+    trajectory = hg.descend(lower_loss, LOWER, upper, optimizer=optimizer, batches=[None] * steps)
     return outer(flat(hg.best_response(trajectory, upper, method=method)), u)
 
 
@@ -76,8 +81,34 @@ def test_second_derivatives_equal_the_closed_form(name: str) -> None:
     expected = {"h": torch.func.jacrev(torch.func.grad(truth))(U)}
     by_autograd = torch.autograd.functional.hessian(lambda u: value(u, method), U)
     assert relative_error({"h": by_autograd}, expected) < 1e-8
-    by_transform = torch.func.jacrev(torch.func.grad(lambda u: value(u, method)))(U)
-    assert relative_error({"h": by_transform}, expected) < 1e-8
+    func, f = torch.func, lambda u: value(u, method)
+    ways = [func.jacrev(func.grad(f)), func.hessian(f), func.jacrev(func.jacfwd(f))]
+    for way in ways:
+        assert relative_error({"h": way(U)}, expected) < 1e-8
+
+
+@pytest.mark.parametrize("options", [{}, {"retain": 1.0}, {"checkpoint": 2}], ids=str)
+@pytest.mark.parametrize("optimizer", [hg.optim.SGD(lr=0.1, momentum=0.5), hg.optim.Adam(lr=0.1)])
+def test_second_derivatives_of_a_run_that_keeps_a_state(optimizer: hg.optim.Optimizer, options: Any) -> None:
+    def f(u: Tensor) -> Tensor:
+        return value(u, hg.Unrolled(**options), 4, optimizer)
+
+    expected = {"h": torch.autograd.functional.hessian(f, U)}
+    for way in (torch.func.jacrev(torch.func.grad(f)), torch.func.jacrev(torch.func.jacrev(f)), torch.func.hessian(f)):
+        assert relative_error({"h": way(U)}, expected) < 1e-10
+
+
+def test_forward_mode_twice_is_refused() -> None:
+    """PyTorch takes the second forward derivative of any autograd.Function for zero."""
+    with pytest.raises(ValueError, match=r"jacfwd of jacfwd.*torch\.func\.hessian"):
+        torch.func.jacfwd(torch.func.jacfwd(lambda u: value(u, hg.Unrolled(), 2)))(U)
+
+
+@pytest.mark.parametrize("name", ["Unrolled", "CG", "Exact", "GMRES"])
+def test_forward_mode_equals_the_closed_form(name: str) -> None:
+    tangent = torch.tensor([0.3, -1.0, 0.5], dtype=F64)
+    _, pushed = torch.func.jvp(lambda u: value(u, DIFFERENTIABLE[name]), (U,), (tangent,))
+    assert relative_error({"p": pushed}, {"p": torch.func.grad(truth)(U) @ tangent}) < 1e-8
 
 
 @pytest.mark.parametrize("name", ["CG", "Unrolled"])
@@ -131,6 +162,8 @@ def test_rules_without_a_derivative_refuse_a_second_one(name: str) -> None:
         torch.autograd.functional.hessian(total, U)
     with pytest.raises(ValueError, match=r"cannot be differentiated.*hg.Unrolled or hg.Implicit"):
         torch.func.jacrev(torch.func.grad(total))(U)
+    with pytest.raises(ValueError, match=r"forward mode.*hg.Unrolled or hg.Implicit"):
+        torch.func.jvp(total, (U,), (U,))
 
 
 def test_the_value_and_order_of_the_response() -> None:
@@ -247,6 +280,47 @@ def test_a_compiled_function_is_differentiated_rightly(method: hg.Method, compil
     leaf = U.clone().requires_grad_()
     compiler(lambda u: value(u, method, 2), fullgraph=True)(leaf).backward()
     assert relative_error({"u": leaf.grad}, {"u": torch.func.grad(value)(U, method, 2)}) < 1e-10
+
+
+OUTSIDE = {
+    "CG": hg.Implicit(hg.CG(3, check_every=None)),
+    "OneStep": hg.OneStep(),
+    "FiniteDifference": hg.FiniteDifference(),
+    "Unrolled": hg.Unrolled(),
+    "Forward": hg.ForwardUnrolled(),
+}
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_a_compiled_hypergradient_of_a_run_made_outside(name: str, compiler: Any) -> None:
+    run = hg.descend(lower_loss, LOWER, {"u": U}, optimizer=SGD, batches=[None] * 2)
+    records = [run] if "nrolled" in str(OUTSIDE[name]) or name == "OneStep" else [run, hg.solved(lower_loss, run.end)]
+
+    for record in records:
+
+        def f(u: Tensor, record: hg.Trajectory = record) -> Tensor:
+            def upper_loss(w: Params, u: Params, _: None) -> Tensor:
+                return outer(flat(w), u["u"])
+
+            h = hg.hypergradient(upper_loss, record, {"u": u}, method=OUTSIDE[name], throw=False)
+            return h.grad["u"]
+
+        assert relative_error({"u": compiler(f, fullgraph=True)(U)}, {"u": f(U)}) < 1e-10
+        torch._dynamo.reset()
+
+
+def test_a_compiled_hypergradient_of_a_run_that_drew_is_refused(compiler: Any) -> None:
+    def noisy(w: Params, u: Params, batch: Any) -> Tensor:
+        return lower_loss(w, u, batch) + torch.randn(()) * flat(w).sum()
+
+    run = hg.descend(noisy, LOWER, {"u": U}, optimizer=SGD, batches=[None] * 2)
+
+    def f(u: Tensor) -> Tensor:
+        upper_loss = lambda w, u, _: outer(flat(w), u["u"])  # noqa: E731
+        return hg.hypergradient(upper_loss, run, {"u": u}, method=hg.Unrolled(), throw=False).grad["u"]
+
+    with pytest.raises(Exception, match="drew random numbers"):
+        compiler(f, fullgraph=True)(U)
 
 
 def test_a_compiled_transform_is_refused_or_right(compiler: Any) -> None:

@@ -84,14 +84,48 @@ def check_fixed_point(
         )
 
 
-def check_start(method: Method, trajectory: Trajectory, grad: Params) -> None:
-    """Raise a ValueError if the run began at a function of `upper` that the method ignores and the loss reads not."""
-    if trajectory.start is not None and not grad:
+def check_start(method: Method, trajectory: Trajectory, upper: Params, read: Params) -> None:
+    """Raise a ValueError if the run began at a function of `upper` that the method ignores and the loss reads not.
+
+    Args:
+        method: ignores where the run begins.
+        trajectory: the run.
+        upper: the upper parameters.
+        read: what the lower loss reads of them, by name. Inside transforms, where that is not known, all or nothing.
+    """
+    if trajectory.start is None:
+        return
+    known = {_problem_of(name) for name in read}
+    unread = {name: u for name, u in upper.items() if _problem_of(name) not in known}
+    if in_transform():
+        lost = [] if read else list(upper)
+    else:
+        lost = _start_reads(trajectory, upper, unread)
+    if lost:
         raise ValueError(
-            f"{type(method).__name__} ignores where the lower run begins, and the lower loss does not read the upper "
-            "parameters otherwise: the hypergradient would be zero. Use hg.Unrolled (truncate=0 is FOMAML), or add a "
-            "proximal term that reads them to the lower loss (iMAML)."
+            f"{type(method).__name__} ignores where the lower run begins, which is a function of {lost} here, and the "
+            "lower loss does not read them: their hypergradient would be zero. Use hg.Unrolled (truncate=0 is FOMAML), "
+            "or add a proximal term that reads them to the lower loss (iMAML)."
         )
+
+
+def _problem_of(name: str) -> str:
+    """Return the part of an upper name that an engine's problems, or a module's layers, share."""
+    return name.split(".", 1)[0]
+
+
+def _start_reads(trajectory: Trajectory, upper: Params, unread: Params) -> list[str]:
+    """Return which of the names `unread` the run's start depends on."""
+    assert trajectory.start is not None
+    leaves = {name: u.detach().requires_grad_() for name, u in unread.items()}
+    if not leaves:
+        return []
+    with torch.enable_grad():
+        begun = [x for x in trajectory.start({**upper, **leaves}).values() if x.requires_grad]
+    if not begun:
+        return []
+    found = torch.autograd.grad(begun, list(leaves.values()), [torch.zeros_like(x) for x in begun], allow_unused=True)
+    return [name for name, slope in zip(leaves, found, strict=True) if slope is not None]
 
 
 def check_initial(method: Method, state: Tensor | None, shape: tuple[int, ...], *, warm_start: bool) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from hypergrad._flat import Params
 from hypergrad._functional import in_transform
 from hypergrad._result import Result, SolveError
+from hypergrad._tape import vjp
 from hypergrad.operators import Operator, Transposed
 from hypergrad.solvers import Solver
 
@@ -90,10 +91,32 @@ class _Solve(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.problem = inputs[0]
         ctx.save_for_backward(output, *inputs[2:])
+        ctx.save_for_forward(output, *inputs[2:])
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         return (None, *_pull(ctx, cotangents[0]))
+
+
+class _SolveWithPush(_Solve):
+    """The same with a forward derivative, dx = A^{-1} (db - dA x); `torch.compile` does not take one."""
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        x, lower, *upper = ctx.saved_tensors
+        problem: _Problem = ctx.problem
+        b_dot, *rest = tangents[1:]
+        lower_dot, *upper_dot = (
+            torch.zeros_like(at) if t is None else t for at, t in zip((lower, *upper), rest, strict=True)
+        )
+
+        def product(point: Tensor, at_upper: tuple[Tensor, ...]) -> Tensor:
+            return problem.operator(point, at_upper).mv(x)
+
+        _, pullback = vjp(product, lower, tuple(upper))
+        _, push = vjp(pullback, torch.zeros_like(x))  # it is linear, and its transpose pushes forward
+        (moved,) = push((lower_dot, tuple(upper_dot)))
+        return _apply(problem, -moved if b_dot is None else b_dot - moved, lower, tuple(upper))
 
 
 def _pull(ctx: Any, cotangent: Tensor) -> tuple[Tensor, ...]:
@@ -110,5 +133,6 @@ def _pull(ctx: Any, cotangent: Tensor) -> tuple[Tensor, ...]:
 
 
 def _apply(problem: _Problem, b: Tensor, lower: Tensor, upper: tuple[Tensor, ...]) -> Tensor:
-    solution: Tensor = _Solve.apply(problem, b, lower, *upper)  # type: ignore[no-untyped-call]
+    solve = _Solve if torch.compiler.is_compiling() else _SolveWithPush
+    solution: Tensor = solve.apply(problem, b, lower, *upper)  # type: ignore[no-untyped-call]
     return solution

@@ -70,6 +70,6 @@ class AmIGO(SampledRule):
             x = x + step_size * (cotangent - next(taped).pull_lower(x))
         last = next(taped)
         grad = {name: -g for name, g in last.pull_upper(x).items()}
-        check_start(self, trajectory, grad)
+        check_start(self, trajectory, upper, grad)
         count = torch.full((), self.steps, dtype=torch.int64, device=cotangent.device)
         return Pulled(grad, None, Stats(num_products=count, num_steps=count, stationarity=last.value.norm()), x)

@@ -18,6 +18,7 @@ from hypergrad.methods._refusals import (
     check_number,
     check_option,
     check_run,
+    check_start,
 )
 from hypergrad.methods._run import joint_gradient, objective, require_dependence, upper_objective
 from hypergrad.methods._sampled import step_size_of
@@ -101,6 +102,7 @@ class BOME(Method):
         _, f_lower, f_upper = joint_gradient(upper_at, theta, upper)
         lower_here, q_lower, at_theta = joint_gradient(lambda w, u: objective(self, trajectory, w, u), theta, upper)
         q_upper = add(at_theta, upper_gradient(lambda u: -objective(self, trajectory, end, u), upper))
+        check_start(self, trajectory, upper, at_theta)
         require_dependence(upper, {**f_upper, **q_upper})
         norm = torch.dot(q_lower, q_lower) + _dot(q_upper, q_upper)
         if self.barrier == "gradient":

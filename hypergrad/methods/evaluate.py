@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -175,6 +175,7 @@ def best_response(traj: Trajectory, upper: Mapping[str, Tensor], *, method: Meth
             )
         flat: Tensor = _BestResponse.apply(rule, traj.end_flat, *upper.values())  # type: ignore[no-untyped-call]
     else:
+        _refuse_nested_forward()
         flat = _BestResponseWithPush.apply(rule, traj.end_flat, *upper.values())  # type: ignore[no-untyped-call]
     return traj.named(flat)
 
@@ -183,6 +184,16 @@ def best_response(traj: Trajectory, upper: Mapping[str, Tensor], *, method: Meth
 def _traced_in_transform() -> bool:
     """Return whether the region that is being traced runs inside a `torch.func` transform."""
     return _functorch.maybe_current_level() is not None
+
+
+def _refuse_nested_forward() -> None:
+    """Raise a ValueError inside two forward-mode transforms: PyTorch drops the second one's part of our functions."""
+    stack = _functorch.get_interpreter_stack() or []
+    if sum(level.key() == _functorch.TransformType.Jvp for level in stack) > 1:
+        raise ValueError(
+            "best_response inside forward mode inside forward mode (jacfwd of jacfwd, jvp of jvp): PyTorch would leave "
+            "out a part of the second derivative. Use torch.func.hessian, which is jacfwd of jacrev."
+        )
 
 
 Rule = Callable[[Tensor, Sequence[Tensor], Tensor], list[Tensor]]
@@ -238,10 +249,18 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ARG004
-        raise ValueError(
-            "the rule of this best response cannot be differentiated, which second derivatives need. Use "
-            "hg.Unrolled or hg.Implicit for that level, or Engine(partial_hessian=True)."
-        )
+        _refuse_derivative()
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:  # noqa: ARG004
+        _refuse_derivative()
+
+
+def _refuse_derivative() -> NoReturn:
+    raise ValueError(
+        "the rule of this best response cannot be differentiated, which second derivatives and forward mode (jvp, "
+        "jacfwd, hessian) need. Use hg.Unrolled or hg.Implicit for that level, or Engine(partial_hessian=True)."
+    )
 
 
 def check_arguments(traj: object, upper: Mapping[str, Tensor], method: object) -> None:
@@ -256,6 +275,11 @@ def check_arguments(traj: object, upper: Mapping[str, Tensor], method: object) -
         )
         raise ValueError(f"method must be a hypergradient method, got {method!r}.{hint}")
     check_params(upper, "upper")
+    if torch.compiler.is_compiling() and any(step.random is not None for step in traj.steps):
+        raise ValueError(
+            "the lower run drew random numbers (dropout, for instance), which a compiled region cannot draw again. "
+            "Make the run inside the compiled function, or call this outside of it."
+        )
     made_with = traj.upper_layout
     if made_with is not None:
         missing = [name for name in made_with.names if name not in upper]

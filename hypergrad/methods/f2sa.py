@@ -11,7 +11,7 @@ from torch import Tensor
 from hypergrad._flat import Params
 from hypergrad._result import Stats
 from hypergrad._tape import add, gradient, upper_gradient
-from hypergrad.methods._refusals import check_fixed_point, check_initial, check_loss, check_number
+from hypergrad.methods._refusals import check_fixed_point, check_initial, check_loss, check_number, check_start
 from hypergrad.methods._run import objective, require_dependence, upper_objective
 from hypergrad.methods._sampled import check_count, step_size_of
 from hypergrad.methods.base import Method, Total, UpperLoss
@@ -109,6 +109,7 @@ class F2SA(Method):
             copy = copy - step_size * gradient(penalized, copy)
         at_copy = upper_gradient(lambda u: upper_at(copy, u) + strength * objective(self, trajectory, copy, u), upper)
         at_end = upper_gradient(lambda u: -strength * objective(self, trajectory, trajectory.end_flat, u), upper)
+        check_start(self, trajectory, upper, at_end)
         require_dependence(upper, at_copy)
         value = upper_at(trajectory.end_flat, upper).detach()
         count = torch.full((), 2 * self.steps + 3, dtype=torch.int64, device=copy.device)

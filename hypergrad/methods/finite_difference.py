@@ -86,5 +86,5 @@ class FiniteDifference(ResponseMethod):
         elif trajectory.steps:
             step_size = last_learning_rate(self, trajectory, upper)
         grad = difference_quotient(trajectory, upper, -step_size * cotangent, self.epsilon)
-        check_start(self, trajectory, grad)
+        check_start(self, trajectory, upper, grad)
         return Pulled(grad, None, Stats(num_gradients=torch.full((), 2, dtype=torch.int64, device=cotangent.device)))

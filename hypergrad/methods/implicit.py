@@ -201,7 +201,7 @@ class Implicit(ResponseMethod):
                 solution = self.solver.solve(operator, v, x0=state)
                 kept = solution.x
         grad = {name: -g for name, g in lin.mixed(solution.x).items()}
-        check_start(self, trajectory, grad)
+        check_start(self, trajectory, upper, grad)
         stats = Stats(
             num_products=solution.num_products,
             num_steps=solution.num_steps,
@@ -224,5 +224,5 @@ class Implicit(ResponseMethod):
 
         x = differentiable_solve(self.solver, operator_at, end, upper, v)
         grad = {name: -g for name, g in lin.mixed(x).items()}
-        check_start(self, trajectory, grad)
+        check_start(self, trajectory, upper, grad)
         return grad

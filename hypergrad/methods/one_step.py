@@ -74,5 +74,5 @@ class OneStep(ResponseMethod):
         step_size = last_learning_rate(self, trajectory, upper) if self.step_size is None else self.step_size
         lin = linearize(trajectory, upper)
         grad = lin.mixed(-step_size * cotangent)
-        check_start(self, trajectory, grad)
+        check_start(self, trajectory, upper, grad)
         return Pulled(grad, None, Stats(stationarity=lin.value.norm()))

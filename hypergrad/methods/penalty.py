@@ -14,7 +14,14 @@ from hypergrad._flat import Params
 from hypergrad._functional import in_transform
 from hypergrad._result import Stats
 from hypergrad._tape import add, gradient, upper_gradient
-from hypergrad.methods._refusals import check_fixed_point, check_loss, check_number, check_option, refuse_state
+from hypergrad.methods._refusals import (
+    check_fixed_point,
+    check_loss,
+    check_number,
+    check_option,
+    check_start,
+    refuse_state,
+)
 from hypergrad.methods._run import objective, require_dependence, upper_objective
 from hypergrad.methods.base import Method, Total, UpperLoss, partials
 from hypergrad.optim import SGD, Decay, Optimizer
@@ -106,6 +113,7 @@ class Penalty(Method):
         direct = upper_gradient(lambda u: upper_at(penalized, u), upper)
         ahead = upper_gradient(lambda u: objective(self, trajectory, penalized, u), upper)
         behind = upper_gradient(lambda u: objective(self, trajectory, trajectory.end_flat, u), upper)
+        check_start(self, trajectory, upper, ahead)
         require_dependence(upper, {**direct, **ahead})
         response = {name: self.strength * (ahead[name] - behind[name]) for name in ahead if name in behind}
         count = torch.full((), 2 * self.steps + 3, dtype=torch.int64, device=penalized.device)

@@ -88,7 +88,7 @@ class SAMA(ResponseMethod):
         check_fixed_point(self, trajectory, upper)
         preconditioned = _pull_update(trajectory, upper, cotangent)
         grad = difference_quotient(trajectory, upper, preconditioned, self.epsilon)
-        check_start(self, trajectory, grad)
+        check_start(self, trajectory, upper, grad)
         return Pulled(grad, None, Stats(num_gradients=torch.full((), 3, dtype=torch.int64, device=cotangent.device)))
 
 

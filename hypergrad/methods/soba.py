@@ -99,7 +99,7 @@ class SOBA(ResponseMethod):
         lin = linearize(trajectory, upper)
         residual = cotangent - lin.operator.mv(x)
         grad = {name: -g for name, g in lin.mixed(x).items()}
-        check_start(self, trajectory, grad)
+        check_start(self, trajectory, upper, grad)
         stats = Stats(
             num_products=torch.full((), 1, dtype=torch.int64, device=cotangent.device),
             residual_norm=torch.linalg.vector_norm(residual),

@@ -73,6 +73,6 @@ class StocBiO(SampledRule):
             total = total + term
         last = next(taped)
         grad = {name: -g for name, g in last.pull_upper(step_size * total).items()}
-        check_start(self, trajectory, grad)
+        check_start(self, trajectory, upper, grad)
         count = torch.full((), self.num_products, dtype=torch.int64, device=cotangent.device)
         return Pulled(grad, None, Stats(num_products=count, num_steps=count, stationarity=last.value.norm()))
