@@ -99,7 +99,7 @@ def check_system(solver: Solver, op: Operator, b: Tensor, x0: Tensor | None) -> 
     if solver.requires_symmetric and not op.symmetric:
         raise ValueError(
             f"{name} needs a symmetric operator, and this one is not marked symmetric. Use GMRES or Exact, "
-            "or pass symmetric=True if A equals its transpose."
+            "or declare an operator of your own symmetric=True if A equals its transpose."
         )
     if x0 is None:
         return
