@@ -111,7 +111,8 @@ class SciPy(Solver):
         if self.name in _SYMMETRIC and not op.symmetric:
             raise ValueError(
                 f"SciPy({self.name!r}) needs a symmetric operator, and this one is not marked symmetric. Use "
-                "SciPy('gmres'), GMRES or Exact, or declare an operator of your own symmetric=True if A equals its transpose."
+                "SciPy('gmres'), GMRES or Exact, or declare an operator of your own symmetric=True if A equals its "
+                "transpose."
             )
         if not reads_allowed(b):
             raise ValueError(
