@@ -132,13 +132,16 @@ class AutogradTape(Tape):
         first, rest = cotangents[:1], cotangents[1:]
         if len(rest) == 0 or self._create_graph or in_transform() or not is_connected(self._residual):
             return super().pull_lower_each(cotangents)
-        with Traffic() as traffic:
-            pulled = [self.pull_lower(first[0])[None]]
-        together = 1 if _convolves(self._residual) else traffic.together()
-        if together > 1:
-            with contextlib.suppress(RuntimeError, ValueError), CommonFactor():  # type: ignore[no-untyped-call]
-                return torch.cat([*pulled, *map(self._pull_batch, torch.split(rest, together))])
-        return torch.cat([*pulled, super().pull_lower_each(rest)])  # where it cannot be batched, too
+        try:
+            with Traffic() as traffic:
+                pulled = self.pull_lower(first[0]).unsqueeze(0)
+            together = 1 if _convolves(self._residual) else traffic.together()
+            if together == 1:
+                return torch.cat([pulled, super().pull_lower_each(rest)])
+            with CommonFactor():  # type: ignore[no-untyped-call]
+                return torch.cat([pulled, *map(self._pull_batch, torch.split(rest, together))])
+        except (RuntimeError, ValueError):  # it cannot be batched; what is wrong otherwise is raised again here
+            return super().pull_lower_each(cotangents)
 
     def _pull_batch(self, cotangents: Tensor) -> Tensor:
         (pulled,) = torch.autograd.grad(
