@@ -18,6 +18,7 @@ LAYERS: dict[str, float] = {
     "_eager": 0,
     "_untouched": 0,
     "_shards": 0,
+    "_common_factor": 0,
     "_tape": 0,
     "_compiled_check": 0.05,
     "_stacked": 0.1,
