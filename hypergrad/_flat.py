@@ -74,7 +74,8 @@ class Layout:
         """Return the entries of `params` as one vector of shape (size,), which may share their memory."""
         if len(self.names) == 1:
             return params[self.names[0]].reshape(-1).to(self.dtype)
-        return torch.cat([params[name].reshape(-1).to(self.dtype) for name in self.names])
+        pieces = (params[name].reshape(-1) for name in self.names)
+        return torch.cat([piece if piece.dtype == self.dtype else piece.to(self.dtype) for piece in pieces])
 
     def record(self, params: Mapping[str, Tensor]) -> Tensor:
         """Return the same, detached, in memory of its own: it stays when `params` are changed in place."""
@@ -85,7 +86,7 @@ class Layout:
         """Return views of `vector`, shape (size,), named and shaped as the parameters."""
         pieces = torch.split(vector, list(self.sizes))
         return {
-            name: piece.view(shape).to(dtype)
+            name: piece.view(shape) if dtype == self.dtype else piece.view(shape).to(dtype)
             for name, piece, shape, dtype in zip(self.names, pieces, self.shapes, self.dtypes, strict=True)
         }
 

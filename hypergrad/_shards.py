@@ -12,9 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_PLAIN = (Tensor, nn.Parameter)
+
 
 def is_shard(tensor: Tensor) -> bool:
     """Return whether `tensor` is a DTensor, of which this process holds a part."""
+    if type(tensor) in _PLAIN:
+        return False
     tensors = sys.modules.get("torch.distributed.tensor")
     return tensors is not None and isinstance(tensor, tensors.DTensor)
 

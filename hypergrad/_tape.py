@@ -252,12 +252,13 @@ def explained_grad(
 
 def _kinds(output: Tensor) -> set[type]:
     """Return the classes of the functions in the graph of `output`; to ask each for its name takes twice as long."""
-    pending, seen = [underlying(output).grad_fn], set()
+    last = underlying(output).grad_fn
+    pending, seen = [] if last is None else [last], {last}
     while pending:
-        node = pending.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            pending += [next_node for next_node, _ in node.next_functions]
+        for node, _ in pending.pop().next_functions:
+            if node is not None and node not in seen:
+                seen.add(node)
+                pending.append(node)
     return {type(node) for node in seen}
 
 

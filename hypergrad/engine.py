@@ -264,7 +264,7 @@ class Engine:
         for problem in problems:
             self._batches.pop(problem.name, None)
             self.runners[problem.name].index = index
-        overtaken = self._overtaken(problems)
+        overtaken = self._overtaken(problems) if level > 0 else {}
         if level > 0 and self._run_level(level - 1, self.graph.levels[level - 1], record):
             for passed, left_behind in overtaken.items():
                 self._run_level(passed, left_behind, record)

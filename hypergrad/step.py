@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -53,9 +54,14 @@ class Recipe:
     def hyper_values(self, upper: Params, index: int) -> dict[str, Any]:
         """Return the optimizer's hyperparameters that are functions of `upper`, at step `index` of the run."""
         return {
-            name: function(upper, index) if takes_step(function) else function(upper)
+            name: function(upper, index) if name in self.hyper_of_steps else function(upper)
             for name, function in self.hyper.items()
         }
+
+    @cached_property
+    def hyper_of_steps(self) -> frozenset[str]:
+        """The hyperparameters whose functions are to be given the step's index too."""
+        return frozenset(name for name, function in self.hyper.items() if takes_step(function))
 
     def is_linear(self) -> bool:
         """Return whether the step's derivative in parameters, gradient and states needs the value of none of them."""

@@ -26,6 +26,7 @@ class Stepper:
         """Read what the optimizer needs."""
         self.problem = problem
         self.variables: dict[str, nn.Parameter] = problem.variables()
+        self.shards = frozenset(key for key, parameter in self.variables.items() if is_shard(parameter))
         self.schedulers = problem.schedulers()
         self.takes_closure = needs_closure(problem.optimizer)
 
@@ -40,7 +41,7 @@ class Stepper:
         """
         problem, optimizer = self.problem, self.problem.optimizer
         self._set_grads(grad)
-        with _options(optimizer, hyper, problem.name):
+        with _options(optimizer, hyper, problem.name) if hyper else contextlib.nullcontext():
             if self.takes_closure:
                 optimizer.step(self._closure(value, again))  # type: ignore[arg-type]
             else:
@@ -75,7 +76,7 @@ class Stepper:
             if key not in grad:
                 parameter.grad = None
                 continue
-            g, here = grad[key], held(parameter) if is_shard(parameter) else parameter
+            g, here = grad[key], held(parameter) if key in self.shards else parameter
             if g.requires_grad or g.dtype != here.dtype:
                 g = g.detach().to(here.dtype)
             if g.layout is torch.strided:  # as backward() leaves it: laid out like the parameter, memory of its own
@@ -83,7 +84,7 @@ class Stepper:
                 if g.stride() != here.stride() or address in taken:
                     g = torch.empty_like(here).copy_(g)
                 taken.add(address)
-            parameter.grad = like_shard(g, parameter)
+            parameter.grad = like_shard(g, parameter) if key in self.shards else g
         if self.problem.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.variables.values(), self.problem.clip_norm)
         if self.problem.clip_value is not None:
@@ -124,9 +125,6 @@ def check_hyper(optimizer: torch.optim.Optimizer, values: Mapping[str, Any], nam
 @contextlib.contextmanager
 def _options(optimizer: torch.optim.Optimizer, values: Mapping[str, Any], name: str) -> Iterator[None]:
     """Run the body with the optimizer's options replaced by `values`, then put them back."""
-    if not values:
-        yield
-        return
     check_hyper(optimizer, values, name)
     found = [{key: option for key, option in group.items() if key != "params"} for group in optimizer.param_groups]
     for option, value in values.items():

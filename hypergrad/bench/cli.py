@@ -12,16 +12,14 @@ from hypergrad.bench import claims_report, pool, report, results, suite, surroun
 from hypergrad.bench.claims import catalogue as claims
 from hypergrad.bench.problems import catalogue as problems
 
-LIMITS = {"quick": (0.15, 60.0), "full": (10.0, 300.0)}
+LIMITS = {"quick": (0.15, 60.0), "full": (3.0, 300.0)}
 """Suite -> seconds after which a contender is not repeated, and after which it is given up."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     folder = Path("runs/bench")
-    parser.add_argument(
-        "--suite", default="quick", metavar="SIZE", help="quick (2 minutes) or full (more than an hour)"
-    )
+    parser.add_argument("--suite", default="quick", metavar="SIZE", help="quick (2 minutes) or full (an hour)")
     parser.add_argument(
         "--problem", nargs="+", metavar="NAME", help="only these: of the suite, or your own as module:function"
     )

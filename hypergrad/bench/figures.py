@@ -15,6 +15,8 @@ _COLOURS = ("#1f4e9c", "#888888", "#d1711c", "#3f8f4f", "#b03060", "#7a52a3", "#
 _MARKERS = ("o", "s", "^", "v", "D", "P", "X", "*")
 _LEAST = 1e-16
 """Errors below are drawn here."""
+_PLACES = (((5, -11), "left"), ((5, 5), "left"), ((-5, -11), "right"), ((-5, 5), "right"), ((5, -20), "left"))
+"""Where a label may stand beside its point, in points of type, and on which side it begins."""
 
 
 def draw(results: Results, folder: Path) -> list[str]:
@@ -69,10 +71,6 @@ def _panel(axis: Any, rows: Sequence[Row], libraries: Sequence[str], cost: Cost,
         drawstyle="steps-post",
         zorder=1,
     )
-    for index, row in enumerate(best):
-        at = _across(row, cost, unit, least), _up(row)
-        where = (5, 5 if index % 2 else -11)
-        axis.annotate(row.label, at, xytext=where, textcoords="offset points", fontsize=7, annotation_clip=True)
     axis.axhline(1.0, color="#cc4444", linewidth=0.8, linestyle=":")
     axis.set_xscale("log")
     axis.set_yscale("log")
@@ -82,6 +80,22 @@ def _panel(axis: Any, rows: Sequence[Row], libraries: Sequence[str], cost: Cost,
     axis.grid(True, which="major", color="#eeeeee", zorder=0)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(fontsize=8, frameon=False, loc="best")
+    _name(axis, [(row.label, (_across(row, cost, unit, least), _up(row))) for row in best])
+
+
+def _name(axis: Any, points: Sequence[tuple[str, tuple[float, float]]]) -> None:
+    """Write each point's label beside it where no label stands yet; one that finds no room is left to the table."""
+    axis.figure.draw_without_rendering()
+    taken: list[Any] = []
+    for label, at in points:
+        for where, side in _PLACES:
+            text = axis.annotate(label, at, xytext=where, textcoords="offset points", fontsize=7, ha=side)
+            box = text.get_window_extent()
+            inside = axis.bbox.x0 <= box.x0 and box.x1 <= axis.bbox.x1
+            if inside and not any(box.overlaps(other) for other in taken):
+                taken.append(box)
+                break
+            text.remove()
 
 
 def _across(row: Row, cost: Cost, unit: int, least: float) -> float:

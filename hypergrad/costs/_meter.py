@@ -22,21 +22,29 @@ class Rates:
     """How fast a machine is, nominally; only ratios between the costs of two computations are used.
 
     Attributes:
-        launch: seconds per kernel, its dispatch and its part of autograd included.
+        launch: seconds per kernel that Python calls, its dispatch and its part of autograd included.
+        engine: the same of a kernel that autograd's engine calls.
+        convolution: seconds by which a convolution's launch is longer: choosing how, and laying out its arguments.
         flops: floating-point operations a second in matrix products.
         bandwidth: bytes a second, read or written.
         call: seconds of Python for each hypergradient, whatever its size.
+        step: the same for each own step of the run.
     """
 
     launch: float
+    engine: float
+    convolution: float
     flops: float
     bandwidth: float
     call: float = 2e-3
+    step: float = 7e-4
 
     @staticmethod
     def of(device: torch.device) -> Rates:
         """Return the rates of one core, or of a data-centre accelerator."""
-        return Rates(6e-6, 2e10, 5e9) if device.type == "cpu" else Rates(8e-6, 3e13, 1.5e12)
+        if device.type == "cpu":
+            return Rates(launch=1e-5, engine=4e-6, convolution=1.5e-4, flops=2e10, bandwidth=5e9)
+        return Rates(launch=1e-5, engine=6e-6, convolution=1e-5, flops=3e13, bandwidth=1.5e12)
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,7 @@ def _matrix_vector(matrix: Any, *_: Any, **__: Any) -> int:
 _MORE_FORMULAS: dict[Any, Any] = {torch.ops.aten.mv: shape_wrapper(_matrix_vector)}  # type: ignore[no-untyped-call]
 """What the registry of `torch.utils.flop_counter` leaves out; by operation, of its arguments."""
 
+_CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default)
 
 _BLOCK = 16
 
@@ -83,9 +92,10 @@ def _workspace(func: Any, args: Any, outcome: Any) -> int:
     backward, of the gradient that comes and of the input, or the gradient of the input, at once. An input of few
     channels, an image, is used as it is.
     """
-    if func is torch.ops.aten.convolution.default and outcome.device.type == "cpu":
+    forward, backward = _CONVOLUTIONS
+    if func is forward and outcome.device.type == "cpu":
         return max(_blocked(args[0]) if args[0].shape[1] >= _BLOCK // 2 else 0, _blocked(outcome))
-    if func is torch.ops.aten.convolution_backward.default and args[0].device.type == "cpu":
+    if func is backward and args[0].device.type == "cpu":
         arriving, data, input_mask = args[0], args[1], args[-1]
         return _blocked(arriving) + (_blocked(data) if input_mask[0] or data.shape[1] >= _BLOCK // 2 else 0)
     return 0
@@ -146,7 +156,10 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         formula = flop_registry.get(func._overloadpacket) or _MORE_FORMULAS.get(func._overloadpacket)
         flops = 0 if formula is None else int(formula(*args, **kwargs, out_val=outcome))
         rates, total = self.rates, self.total
-        seconds = rates.launch + max(flops / rates.flops, moved / rates.bandwidth)
+        seconds = rates.launch if torch._C._current_autograd_node() is None else rates.engine
+        if func in _CONVOLUTIONS:
+            seconds += rates.convolution
+        seconds += max(flops / rates.flops, moved / rates.bandwidth)
         self.total = Reading(
             total.num_operations + 1, total.flops + flops, total.moved_bytes + moved, total.seconds + seconds
         )

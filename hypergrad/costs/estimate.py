@@ -323,7 +323,8 @@ def _cost(
         count = _count(meter, h.stats, "num_products") if solver is None else solver.num_products
         gradients = _count(meter, h.stats, "num_gradients") or 0
     tasks = scene.tasks
-    times = ((spent.seconds * tasks + rates.call) / one.seconds, ran.seconds * tasks / one.seconds)
+    own_steps = rates.step * scene.trajectory.num_steps
+    times = ((spent.seconds * tasks + rates.call) / one.seconds, (ran.seconds * tasks + own_steps) / one.seconds)
     flat, upper = _bytes(scene.trajectory.end_flat), sum(_bytes(u) for u in scene.upper.values())
     taped = min(saved, peak - record)
     messages = sent_by(

@@ -34,7 +34,7 @@ SIZES = (10_000, 100_000, 1_000_000, 10_000_000)
 STEPS = (10, 20, 40, 80)
 BOUND = 1.15
 BATCH = 64
-REPEATS = 3
+REPEATS = 7
 EXAMPLES = "a perceptron with two hidden layers on batches of 64"
 
 
