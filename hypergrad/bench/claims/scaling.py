@@ -31,7 +31,7 @@ from hypergrad.solvers import CG
 from hypergrad.trajectory import descend
 
 SIZES = (10_000, 100_000, 1_000_000, 10_000_000)
-STEPS = (10, 20, 40, 80)
+STEPS = (10, 40, 160, 640)
 BOUND = 1.15
 BATCH = 64
 REPEATS = 7
