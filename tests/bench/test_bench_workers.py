@@ -133,7 +133,7 @@ def test_every_exported_method_is_a_contender() -> None:
 
 
 def test_an_unknown_method_is_named() -> None:
-    with pytest.raises(ValueError, match="no method 'CGG' for problem 'own'. Known are: CG 2"):
+    with pytest.raises(ValueError, match="no method 'CGG' for problem 'own'. Known are: CG 5"):
         Hypergrad().prepare(problem(), "CGG", {})
     with pytest.raises(ValueError, match="must be an hg.Method"):
         Hypergrad().prepare(problem(), "bench_cases:problem", {})
