@@ -35,8 +35,7 @@ class Compiled:
     def __init__(self, function: Callable[..., Any], compile: Compile) -> None:
         """Compile `function` when it is first called; it must draw no random numbers."""
         self.function = function
-        self.verdicts: list[tuple[Kind, bool]] = []
-        """Of which kinds of call the value was compared with the eager one, and whether it was right."""
+        self.judged: list[_Judged] = []
         self._modules: WeakSet[nn.Module] | None = None
         self._ran: list[tuple[Graph, tuple[Any, ...], Any]] = []
         self._compiled = torch.compile(
@@ -60,6 +59,8 @@ class Compiled:
 
     def checked(self, leaves: list[Any], tree: pytree.TreeSpec, last: Any) -> tuple[Any, Replay | None]:
         """Return the function's value by the compiler's own call, and how to have it again without its checks.
+
+        Of two replays that have one `run`, the compiler's checks found the same code to serve both.
 
         Raises:
             ValueError: if the function draws random numbers, or cannot be compiled whole.
@@ -129,15 +130,21 @@ class Calls:
             last: the function's last argument.
             moving: the tensors that differ from call to call.
             fixed: trees of tensors that are the same objects at many calls.
-            is_right: says of the first value of each kind of call whether it is what it should be.
+            is_right: says of the first value of each compiled code whether it is what it should be.
         """
+        return self.judged(last, moving, fixed, lambda value: is_right(value) or None)[0]
+
+    def judged(
+        self, last: Any, moving: list[Tensor], fixed: tuple[Any, ...], judge: Callable[[Any], Any]
+    ) -> tuple[Any, Any]:
+        """Return the same and what `judge` made of the first value of that code; it returns None of a wrong one."""
         moving = [x.detach() for x in moving]  # tensors of their own: known by their identity
         shapes = [_mark(x) for x in moving]
         with torch.no_grad():
             for known in self._known:
                 if known.shapes == shapes and all(map(is_, known.fixed, fixed)):
-                    return known.replay([*moving, *known.leaves])
-            return self._anew(last, moving, shapes, fixed, is_right)
+                    return known.replay([*moving, *known.leaves]), known.judgement
+            return self._anew(last, moving, shapes, fixed, judge)
 
     def _anew(
         self,
@@ -145,25 +152,39 @@ class Calls:
         moving: list[Tensor],
         shapes: list[Any],
         fixed: tuple[Any, ...],
-        is_right: Callable[[Any], bool],
-    ) -> Any:
+        judge: Callable[[Any], Any],
+    ) -> tuple[Any, Any]:
         given, tree = pytree.tree_flatten((moving, *fixed))
         leaves = [x.detach() if k >= len(moving) and isinstance(x, Tensor) else x for k, x in enumerate(given)]
         kind = [_mark(x) for x in leaves], tree
         for known in self._known:
             if known.kind == kind:
                 self._known.append(replace(known, fixed=fixed, leaves=leaves[len(moving) :]))
-                return known.replay(leaves)
-        verdict = next((right for seen, right in self._compiled.verdicts if seen == kind), None)
-        if verdict is False:
-            return None
+                return known.replay(leaves), known.judgement
+        judged = self._compiled.judged
+        if any(met.judgement is None and met.kind == kind for met in judged):
+            return None, None
         value, replay = self._compiled.checked(leaves, tree, last)
-        if verdict is None:
-            verdict = is_right(value)
-            self._compiled.verdicts.append((kind, verdict))
-        if verdict and replay is not None:
-            self._known.append(_Known(shapes, kind, fixed, leaves[len(moving) :], replay))
-        return value if verdict else None
+        run = None if replay is None else replay.run
+        met = next((met for met in judged if met.run is run and (run is not None or met.kind == kind)), None)
+        if met is None:
+            met = _Judged(kind, run, judge(value))
+            judged.append(met)
+        if met.judgement is None:
+            return None, None
+        if replay is not None:
+            self._known.append(_Known(shapes, kind, fixed, leaves[len(moving) :], replay, met.judgement))
+        return value, met.judgement
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """Compiled code whose value was compared with the eager one, and what was found: None where it was wrong."""
+
+    kind: Kind
+    run: Graph | None
+    """The code; None where it cannot be told, and the kind of call stands for it."""
+    judgement: Any
 
 
 @dataclass(frozen=True)
@@ -176,10 +197,26 @@ class _Known:
     leaves: list[Any]
     """Those of `fixed`."""
     replay: Replay
+    judgement: Any
+
+
+_PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 
 
 def _mark(leaf: Any) -> Any:
     """Return what code is compiled for, of one argument."""
     if isinstance(leaf, Tensor):
         return leaf.shape, leaf.stride(), leaf.dtype, leaf.device
-    return type(leaf), leaf
+    return type(leaf), leaf if isinstance(leaf, _PLAIN) else _Itself(leaf)
+
+
+class _Itself:
+    """An object, such as an array or a dataclass of tensors, that equals no other."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Itself) and self._value is other._value

@@ -16,6 +16,7 @@ from torch import Tensor
 from hypergrad._flat import Params
 from hypergrad._random import RandomState, random_state, replaying, restore_random_state
 from hypergrad._tape import add
+from hypergrad._untouched import untouched
 from hypergrad.averaged import plain
 from hypergrad.callbacks.base import Callback
 from hypergrad.checks import arrange, check_runner
@@ -344,7 +345,8 @@ class Engine:
         runner = self.runners[problem.name]
         if runner.source is not None:
             return runner.source.peek()
-        return problem.select_from(self._first_batch(self.parent(problem).problem), 0)
+        with untouched(self._device):  # it may draw
+            return problem.select_from(self._first_batch(self.parent(problem).problem), 0)
 
     def parent(self, problem: Problem) -> Runner:
         """Return the problem of the level above whose batch this one shares: the first that reads it."""
@@ -387,7 +389,8 @@ class Engine:
         signals = self.signals if self._is_top(runner) else None
         value, partials = runner.partials(batch, read, record, signals)
         self.seconds[f"{runner.name}.loss"] += perf_counter() - began
-        grad = partials.pop(runner.name)
+        direct = partials.pop(runner.name)
+        grad: Params = {}
         codes: list[Tensor] = []
         residuals: dict[str, Tensor] = {}
         draws = replays or any(
@@ -409,7 +412,7 @@ class Engine:
                 pulled = pull(member, cotangents[member.name])
                 self.seconds[f"{member.name}.response"] += perf_counter() - began
                 if not isinstance(member.problem.method, ResponseMethod):
-                    grad = {}  # such a method returns the direct term as well
+                    direct = {}  # such a method returns the direct term as well, or replaces it
                 for target, part in by_problem(pulled.grad).items():
                     if target == runner.name:
                         grad = add(grad, part)
@@ -420,7 +423,7 @@ class Engine:
                 if "residual_norm" in pulled.stats:
                     residuals[member.name] = pulled.stats["residual_norm"]
         restore_random_state(after)
-        return Gradient(runner, value, grad, codes, batch, bool(lower), residuals, (runner, *lower))
+        return Gradient(runner, value, add(direct, grad), codes, batch, bool(lower), residuals, (runner, *lower))
 
     def _task_gradient(
         self, runner: Runner, members: list[Runner], batch: Any, batches: dict[str, list[Any]], record: Record

@@ -53,10 +53,8 @@ class Fused:
         groups = tuple((replace(optimizer, lr=0.0), names) for optimizer, names in recipe.optimizer.groups)
         key = "fused", recipe.layout, groups, recipe.clip_norm, recipe.clip_value, self._keys, compile
         maps: _Maps = cached(recipe.loss, key, lambda: _Maps(recipe, self._keys, compile))
-        self._maps, self._compile = maps, compile
+        self._compile = compile
         self._step, self._pull = Calls(maps.step), Calls(maps.pull)
-        self._split: tuple[Params, Params, Params] | None = None
-        """Upper parameters, those of them that the loss reads, and the others."""
 
     def advance(self, step: Step, flat: Tensor, states: States, upper: Params) -> tuple[Tensor, States]:
         """Return what `step` makes of (flat, states)."""
@@ -77,34 +75,27 @@ class Fused:
     ) -> Cotangents:
         """Return the cotangents of (flat, states, upper) from those of what `step` makes of them."""
         bar, bars = cotangents
-        expected: Cotangents | None = None
-        if self._maps.reads is None:
-            expected = step.pull(flat, states, upper, cotangents)
-            self._maps.reads = tuple(expected[2])
-        reads = self._maps.reads
 
-        def is_right(value: Any) -> bool:
-            found = _joined(value[0], value[1], value[2], reads)
-            eager = expected or step.pull(flat, states, upper, cotangents)
-            right = _joined(eager[0], _tensors(self._keys, eager[1]), eager[2], reads)
+        def reads(value: Any) -> tuple[str, ...] | None:
+            """Return the upper parameters that the loss reads, None where `value` is wrong."""
+            eager = step.pull(flat, states, upper, cotangents)
             tripled = tuple({k: 3 * t if isinstance(t, Tensor) else t for k, t in s.items()} for s in bars)
             again = step.pull(flat, states, upper, (3 * bar, tripled))
-            noise = _joined(again[0], _tensors(self._keys, again[1]), again[2], reads) / 3 - right
-            direct = _joined(
-                bar, _tensors(self._keys, bars), {name: torch.zeros_like(upper[name]) for name in reads}, reads
+            right, thrice, direct = (
+                _joined(w, _tensors(self._keys, s), u, upper) for w, s, u in (eager, again, (bar, bars, {}))
             )
+            found, noise = _joined(value[0], value[1], value[2], upper), thrice / 3 - right
             curved = (right - direct).norm()  # what a wrong Hessian product shows up in
-            return same(found, right, size=curved, noise=noise.norm(), floor=direct.norm(), compile=self._compile)
+            is_right = same(found, right, size=curved, noise=noise.norm(), floor=direct.norm(), compile=self._compile)
+            return tuple(eager[2]) if is_right else None
 
-        if self._split is None or self._split[0] is not upper:
-            read = {name: upper[name] for name in reads}
-            self._split = upper, read, {name: u for name, u in upper.items() if name not in read}
         moving = [*self._at(step, flat, states), bar, *_tensors(self._keys, bars)]
-        value = self._pull(step.recipe.loss, moving, (*self._split[1:], step.batch), is_right)
+        value, read = self._pull.judged(step.recipe.loss, moving, (upper, step.batch), reads)
         if value is None:
             return step.pull(flat, states, upper, cotangents)
         flat_bar, tensor_bars, upper_bar = value
-        return flat_bar, _rebuilt(self._keys, tensor_bars, [_count(state) for state in states]), upper_bar
+        new_states = _rebuilt(self._keys, tensor_bars, [_count(state) for state in states])
+        return flat_bar, new_states, {name: upper_bar[name] for name in read}
 
     def _at(self, step: Step, flat: Tensor, states: States) -> list[Tensor]:
         """Return where a step begins, with numbers that change from step to step as tensors."""
@@ -114,9 +105,6 @@ class Fused:
 
 class _Maps:
     """The two compiled functions of one loss, layout and optimizer; neither refers to the loss."""
-
-    reads: tuple[str, ...] | None = None
-    """The upper parameters that the loss reads, known once a step was pulled back eagerly."""
 
     def __init__(self, recipe: Recipe, keys: _Keys, compile: Compile) -> None:
         bare, layout = replace(recipe, loss=_absent), recipe.layout
@@ -143,14 +131,14 @@ class _Maps:
             numbers, (flat, *rest) = moving[: 2 * groups], moving[2 * groups :]
             return outcome(numbers[:groups], numbers[groups:], flat, rest, upper, batch, loss)
 
-        def pull(moving: list[Tensor], read: Params, unread: Params, batch: Any, loss: Loss) -> Any:
+        def pull(moving: list[Tensor], upper: Params, batch: Any, loss: Loss) -> Any:
             numbers, vectors = moving[: 2 * groups], moving[2 * groups :]
             (flat, *rest), (bar, *bars) = vectors[: 1 + tensors], vectors[1 + tensors :]
 
             def of_leaves(w: Tensor, s: list[Tensor], u: Params) -> Any:
-                return outcome(numbers[:groups], numbers[groups:], w, s, {**unread, **u}, batch, loss)
+                return outcome(numbers[:groups], numbers[groups:], w, s, u, batch, loss)
 
-            _, pullback = vjp(of_leaves, flat, rest, read)
+            _, pullback = vjp(of_leaves, flat, rest, upper)
             return pullback((bar, bars))
 
         self.step, self.pull = Compiled(step, compile), Compiled(pull, compile)
@@ -196,7 +184,7 @@ def _rebuilt(keys: _Keys, tensors: Sequence[Tensor], counts: Sequence[Any]) -> S
     )
 
 
-def _joined(flat: Tensor, tensors: Sequence[Tensor], upper: Params, reads: Sequence[str]) -> Tensor:
-    """Return all cotangents as one vector."""
-    parts = [flat, *tensors, *(upper[name] if name in upper else flat.new_zeros(0) for name in reads)]
+def _joined(flat: Tensor, tensors: Sequence[Tensor], bars: Params, upper: Params) -> Tensor:
+    """Return all cotangents as one vector; those of `upper` that `bars` lacks are 0."""
+    parts = [flat, *tensors, *(bars[name] if name in bars else torch.zeros_like(u) for name, u in upper.items())]
     return torch.cat([part.reshape(-1).to(flat.dtype) for part in parts])

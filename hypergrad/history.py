@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Record(dict[str, Any]):
@@ -17,10 +17,10 @@ class Record(dict[str, Any]):
         super().__init__(step=step)
 
     def put(self, problem: str, quantity: str, value: Any) -> None:
-        """Store a value; tensors are detached, and those on the CPU become numbers at once, which is free there."""
+        """Store a value; tensors are copied, and those on the CPU become numbers at once, which is free there."""
         if isinstance(value, Tensor):
-            host = type(value) is Tensor and value.device.type == "cpu" and value.numel() == 1
-            value = value.item() if host else value.detach()
+            host = type(value) in (Tensor, nn.Parameter) and value.device.type == "cpu" and value.numel() == 1
+            value = value.item() if host else value.detach().clone()  # it may be a parameter, which moves on
         self[f"{problem}.{quantity}"] = value
 
     def numbers(self, keys: Iterable[str] | None = None) -> dict[str, float]:

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from hypergrad._flat import Layout, Params
 from hypergrad._functional import Loss
-from hypergrad._random import RandomState, random_state, same_state
+from hypergrad._random import RandomState, random_state, replaying, same_state
 from hypergrad._shards import held, held_params, is_shard
 from hypergrad._stacked import summed
 from hypergrad._tape import second_order
@@ -77,6 +77,8 @@ class Runner:
         self.index = 0
         """Which own step of the window is being taken."""
         self.began_at_start = False
+        self.start_random: RandomState | None = None
+        """The generators as `start` met them, to be replayed; None if it drew nothing."""
         self.variables = problem.variables()
         self.whole = Layout.of(held_params(self.variables), what=f"the variables of problem {self.name!r}")
         self.stepper = Stepper(problem)
@@ -99,6 +101,7 @@ class Runner:
         """Build what depends on the graph: layout, loss and recording."""
         used = self.graph.used(self.name)
         self.used = {key: p for key, p in self.variables.items() if key in used}
+        self.unused = {key: p for key, p in self.variables.items() if key not in used}
         self.nested = self.graph.below(self.name)
         self.reruns = self.graph.is_perturbed(self.name)
         reads = self.graph.reads[self.name]
@@ -116,6 +119,7 @@ class Runner:
         self.loss = self._as_loss(self.problem.loss)
         response = self.problem.response
         self.response = None if response is None else self._as_loss(response)
+        self.pure_response = None if response is None else self._functional(response)
         method = self.problem.method
         self.opaque = not self._must_differentiate_optimizer()
         self.bound = self.bind()
@@ -293,7 +297,7 @@ class Runner:
         self.batches.clear()
         if self.problem.restarts or (self.problem.start is not None and self.num_steps == 0):
             self.restart()
-        elif self.problem.after == "rollback":
+        if self.problem.after == "rollback":
             self.snapshot = snapshot(self.problem)
 
     def end_window(self) -> None:
@@ -308,8 +312,10 @@ class Runner:
         restore(self.problem, self.initial)
         if self.problem.start is None:
             return
+        drawn = random_state(self.whole.device)
         with torch.no_grad():
             begun = self.start_values({})
+            self.start_random = None if same_state(drawn, random_state(self.whole.device)) else drawn
             for key, parameter in self.variables.items():
                 held(parameter).copy_(begun[key])
         self.began_at_start = True
@@ -409,13 +415,20 @@ class Runner:
                 outcome = mean(
                     [self._part_partials(part, leaves) for part in self._parts(batch, self.problem.micro_batches)]
                 )
-        if step is not None and same_state(step.random, random_state(self.layout.device)):
+        unseen = self.response is not None  # it may draw where the loss did not
+        if step is not None and not unseen and same_state(step.random, random_state(self.layout.device)):
             self.window[-1] = replace(self.window[-1], random=None)  # nothing was drawn, nothing need be replayed
         for name, key in outcome.found:
             if (name, key) in self.watched:
                 raise ValueError(
                     f"problem {self.name!r}: its loss depends on {name!r}, which it did not on its first batch, when "
                     f"the graph was inferred. Say Problem({self.name!r}, reads=[{name!r}, ...])."
+                )
+            if name == self.name and key in self.unused and self.recording is not None:
+                raise ValueError(
+                    f"problem {self.name!r}: its loss depends on its parameter {key!r}, which it did not on its first "
+                    "batch, when the graph was inferred; hypergradients would leave it out. Let every batch reach all "
+                    "parameters that any does, if need be by adding 0.0 * parameter.sum() to the loss."
                 )
         if self.across is not None:
             like = leaves if taped is None else {(self.name, ""): taped[0]}
@@ -482,9 +495,12 @@ class Runner:
             value = torch.stack([value for value, _ in several]).mean() if len(several) > 1 else several[0][0]
             if scale is not None:
                 value = left(value, scale)
-            (taped,) = torch.autograd.grad(value, flat, create_graph=True)
+            inputs = [flat, *self.unused.values()]
+            taped, *late = torch.autograd.grad(value, inputs, create_graph=True, allow_unused=True)
+            taped = torch.zeros_like(flat) if taped is None else taped
         metrics = mean_metrics([metrics for _, metrics in several]) if len(several) > 1 else several[0][1]
-        return Partials(value, metrics, {(self.name, ""): taped}), (leaf, above)
+        found = {(self.name, key): g for key, g in zip(self.unused, late, strict=True) if g is not None}
+        return Partials(value, metrics, {(self.name, ""): taped} | found), (leaf, above)
 
     def _keep_tape(self, outcome: Partials, leaves: Leaves) -> Partials:
         """Put the taped gradient in `outcome` into the step's record; return its values by parameter instead."""
@@ -581,9 +597,11 @@ class Runner:
 
     def record_of(self, steps: tuple[Step, ...], end: Tensor, states: States, *, started: bool) -> Trajectory:
         """Return the record of a window that took `steps` to `end`, and began at the problem's start if `started`."""
+        drawn = self.start_random
 
         def start(upper: Params) -> Params:
-            return {k: v for k, v in self.start_values(upper).items() if k in self.used}
+            with replaying(drawn):
+                return {k: v for k, v in self.start_values(upper).items() if k in self.used}
 
         return Trajectory(
             layout=self.layout,

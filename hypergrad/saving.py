@@ -8,8 +8,10 @@ from contextlib import ExitStack
 from dataclasses import asdict, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from hypergrad._random import random_state, restore_random_state
 from hypergrad.runner import Runner, Surrounded
@@ -61,9 +63,9 @@ def save(runner: Runner) -> dict[str, Any]:
     return {
         "module": saved,
         "buffers": {key: b for key, b in module.named_buffers() if key not in saved},
-        "optimizer": runner.problem.optimizer.state_dict(),
-        "schedulers": [s.state_dict() for s in runner.problem.schedulers()],
-        "data": None if runner.source is None else runner.source.state_dict(),
+        "optimizer": _plain(runner.problem.optimizer.state_dict()),
+        "schedulers": _plain([s.state_dict() for s in runner.problem.schedulers()]),
+        "data": None if runner.source is None else _plain(runner.source.state_dict()),
         "num_steps": runner.num_steps,
         "warm": dict(runner.warm),
         "initial": runner.initial,
@@ -71,6 +73,11 @@ def save(runner: Runner) -> dict[str, Any]:
         "window": _saved_window(runner),
         "loss_scale": None if runner.scale is None else runner.scale.state_dict(),
     }
+
+
+def _plain(state: Any) -> Any:
+    """Return `state` with NumPy's numbers as Python's: a schedule may compute with them, a safe reader refuses them."""
+    return pytree.tree_map(lambda entry: entry.item() if isinstance(entry, np.generic) else entry, state)
 
 
 def check(runner: Runner, state: Mapping[str, Any]) -> None:
@@ -145,7 +152,13 @@ def _outlives_a_step(runner: Runner) -> bool:
 def _saved_window(runner: Runner) -> dict[str, Any]:
     """Return the record of the last window, where steps of the levels above are still to be taken with it."""
     steps = [_saved_step(step) for step in runner.window] if _outlives_a_step(runner) else []
-    return {"steps": steps, "size": runner.window_size, "started": runner.began_at_start, "fresh": list(runner.fresh)}
+    return {
+        "steps": steps,
+        "size": runner.window_size,
+        "started": runner.began_at_start,
+        "start_random": save_random(runner.start_random),
+        "fresh": list(runner.fresh),
+    }
 
 
 def _saved_step(step: Step) -> dict[str, Any]:
@@ -176,6 +189,7 @@ def _saved_record(record: Trajectory) -> dict[str, Any]:
 def _load_window(runner: Runner, saved: Mapping[str, Any], runners: Mapping[str, Runner]) -> None:
     runner.forget_options()
     runner.window_size, runner.began_at_start, runner.fresh = saved["size"], saved["started"], list(saved["fresh"])
+    runner.start_random = load_random(saved["start_random"], runner.layout.device)
     runner.window = [_loaded_step(runner, entry, runners) for entry in saved["steps"]]
 
 

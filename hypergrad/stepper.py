@@ -46,6 +46,7 @@ class Stepper:
                 optimizer.step(self._closure(value, again))  # type: ignore[arg-type]
             else:
                 optimizer.step()
+        torch.autograd.graph.increment_version(self.variables.values())  # fused steps do not count as changes
         if problem.project is not None:
             with torch.no_grad():
                 projected = problem.project({key: p.detach() for key, p in self.variables.items()})

@@ -121,7 +121,8 @@ def _one_task(network: Network, top: Runner, members: Sequence[Runner]) -> OneTa
             value = upper_loss(flats, leaves)
             slopes = dict(zip([*flats, *leaves], grads([value], [*flats.values(), *leaves.values()]), strict=True))
         value = value.detach()
-        grad = {name: torch.zeros_like(u) if (g := slopes[name]) is None else g for name, u in leaves.items()}
+        direct = {name: torch.zeros_like(u) if (g := slopes[name]) is None else g for name, u in leaves.items()}
+        grad = {name: torch.zeros_like(u) for name, u in upper.items()}
         code = Result.SUCCESS.tensor(value.device)
         for member in members:
             method = member.problem.method
@@ -129,7 +130,7 @@ def _one_task(network: Network, top: Runner, members: Sequence[Runner]) -> OneTa
                 continue
             record = records[member.name]
             if isinstance(method, Reptile):
-                grad = method.direction(record, upper)
+                grad, direct = add(grad, method.direction(record, upper)), {}
                 continue
             if isinstance(method, ResponseMethod):
                 cotangent = slopes[member.name]
@@ -144,10 +145,10 @@ def _one_task(network: Network, top: Runner, members: Sequence[Runner]) -> OneTa
                     return upper_loss({name: record.layout.ravel(lower)}, u)
 
                 pulled = method.total(loss_of_end, record, upper, batch, None)
-                grad = pulled.grad
+                grad, direct = add(grad, pulled.grad), {}
             if pulled.result is not None:
                 code = torch.maximum(code, pulled.result)
-        return {"grad": grad, "value": value, "metrics": metrics, "code": code}
+        return {"grad": add(direct, grad), "value": value, "metrics": metrics, "code": code}
 
     return one
 
@@ -175,6 +176,7 @@ def _descend(network: Network, member: Runner, upper: Params, constants: Params,
         clip_norm=problem.clip_norm,
         clip_value=problem.clip_value,
         project=None if problem.project is None else member.project,
+        response=member.pure_response,
         recording=None if method is None else method.recording(len(batches)),
     )
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from hypergrad._flat import Layout, Params, as_params, check_params, constant
 from hypergrad._functional import Loss, in_transform
-from hypergrad._random import RandomState, random_state, same_state
+from hypergrad._random import RandomState, random_state, replaying, same_state
 from hypergrad._untouched import untouched
 from hypergrad.fused import fused
 from hypergrad.optim import Bound, Optimizer, bind
@@ -211,7 +212,6 @@ def descend(
     batches = _as_list(batches)
     constants = as_params(upper)
     initial = as_params(lower)
-    begun = initial if start is None else _started(start, constants, initial)
     bound_optimizer = bind(optimizer, lower)
     bound_optimizer.check_hyper(hyper or {})
     layout = Layout.of(initial, names=bound_optimizer.names)
@@ -219,18 +219,22 @@ def descend(
     recording = recording or Recording()
     steps: list[Step] = []
     with untouched(layout.device):
-        flat = constant(layout.record(begun))
+        drawn = random_state(layout.device)
+        flat = constant(layout.record(initial if start is None else _started(start, constants, initial)))
+        random = random_state(layout.device)
+        if start is not None and not same_state(drawn, random):
+            start = partial(_started_again, start, drawn)
         states = bound_optimizer.init(flat) if state is None else _continued(state, bound_optimizer, flat)
         if in_transform():  # even zeros belong to the innermost transform, which may end before they are read
             states = constant_states(states)
         whole = fused(recipe, states, constants, recording.compile) if recording.taped_from is None else None
         advance = None if whole is None else whole.advance
-        random = random_state(layout.device)
         for index, batch in enumerate(batches):
             step = Step(recipe, batch, index, random)
             step, flat, states = take(step, flat, states, constants, recording, len(batches), advance)
             random = random_state(layout.device)
-            steps.append(replace(step, random=None) if same_state(step.random, random) else step)
+            drew = response is not None or not same_state(step.random, random)  # a response may, where the loss did not
+            steps.append(step if drew else replace(step, random=None))
     return Trajectory(
         layout=layout,
         end_flat=flat,
@@ -355,3 +359,9 @@ def _started(start: Callable[[Params], Params], upper: Params, template: Params)
     begun = start(upper)
     Layout.of(template).check_like(begun, "the result of start")
     return as_params(begun)
+
+
+def _started_again(start: Callable[[Params], Params], drawn: RandomState | None, upper: Params) -> Params:
+    """Return the start with the random draws of the first time."""
+    with replaying(drawn):
+        return start(upper)

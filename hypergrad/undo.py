@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from hypergrad._random import RandomState
 from hypergrad.runner import Runner
 from hypergrad.snapshot import restore, snapshot
 from hypergrad.step import Step
@@ -42,6 +43,7 @@ class Window:
     size: int
     num_steps: int
     started: bool
+    start_random: RandomState | None
     fresh: list[Any]
     warm: dict[str, Tensor]
     snapshot: dict[str, Any] | None
@@ -54,6 +56,7 @@ class Window:
             runner.window_size,
             runner.num_steps,
             runner.began_at_start,
+            runner.start_random,
             list(runner.fresh),
             dict(runner.warm),
             runner.snapshot,
@@ -63,4 +66,4 @@ class Window:
         """Put the problem's window back."""
         runner.window, runner.window_size, runner.num_steps = list(self.steps), self.size, self.num_steps
         runner.began_at_start, runner.fresh, runner.warm = self.started, list(self.fresh), dict(self.warm)
-        runner.snapshot = self.snapshot
+        runner.snapshot, runner.start_random = self.snapshot, self.start_random

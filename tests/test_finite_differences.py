@@ -213,3 +213,35 @@ def test_dropout_is_replayed_by_every_sweep() -> None:
     ends = [value({**UPPER, "decay": UPPER["decay"] + s * h}) for s in (1, -1)]
     for grad in grads:
         assert grad["decay"] == pytest.approx(float((ends[0] - ends[1]) / (2 * h)), rel=1e-6)
+
+
+@pytest.mark.parametrize("reading", range(3))
+def test_a_run_of_which_one_step_reads_upper(reading: int) -> None:
+    """Forward mode asks the steps from the last one back, and none before the first that reads."""
+    asked: list[int] = []
+
+    def loss(w: Params, u: Params, batch: int) -> Tensor:
+        asked.append(batch)
+        return ((w["w"] - u["x"] if batch == reading else w["w"]) ** 2).sum()
+
+    def above(w: Params, u: Params, batch: Any) -> Tensor:
+        return (w["w"] ** 2).sum() + 0.01 * (u["x"] ** 2).sum()
+
+    lower, upper = {"w": torch.zeros(2, dtype=F64)}, {"x": torch.ones(2, dtype=F64)}
+    trajectory = hg.descend(loss, lower, upper, optimizer=optim.SGD(0.25), batches=[0, 1, 2])
+    asked.clear()
+    forward = hg.hypergradient(above, trajectory, upper, method=hg.ForwardUnrolled()).grad
+    assert asked == [*range(2, reading - 1, -1), 0, 1, 2]
+    torch.testing.assert_close(forward["x"], torch.full((2,), 0.02 + 2 * 0.5 * 0.25 ** (2 - reading) * 0.5, dtype=F64))
+    assert relative_error(forward, hg.hypergradient(above, trajectory, upper, method=hg.Unrolled()).grad) < 1e-12
+
+
+def test_an_upper_parameter_without_entries() -> None:
+    upper = {**UPPER, "none": torch.zeros(0, 2, dtype=F64)}
+    trajectory = run(upper, CASES["SGD"])
+    forward, reverse = (
+        hg.hypergradient(upper_loss, trajectory, upper, method=method).grad
+        for method in (hg.ForwardUnrolled(), hg.Unrolled())
+    )
+    assert forward["none"].shape == (0, 2)
+    assert relative_error(forward, reverse) < 1e-10

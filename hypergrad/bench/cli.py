@@ -19,7 +19,7 @@ LIMITS = {"quick": (0.15, 60.0), "full": (3.0, 300.0)}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     folder = Path("runs/bench")
-    parser.add_argument("--suite", default="quick", metavar="SIZE", help="quick (2 minutes) or full (an hour)")
+    parser.add_argument("--suite", default="quick", metavar="SIZE", help="quick (2 minutes) or full (an hour or more)")
     parser.add_argument(
         "--problem", nargs="+", metavar="NAME", help="only these: of the suite, or your own as module:function"
     )

@@ -102,6 +102,8 @@ class Progress(Callback):
         return lines
 
     def _clock(self, elapsed: float) -> str:
+        if not self._done:
+            return f"{_time(elapsed)} elapsed"
         left = elapsed / self._done * (self._total - self._first - self._done)
         return f"{_time(elapsed)} elapsed, {_time(left)} left"
 

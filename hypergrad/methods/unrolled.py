@@ -20,7 +20,7 @@ from hypergrad.fused import fused
 from hypergrad.methods._refusals import check_option, check_run, refuse_state
 from hypergrad.methods._run import pull_start, run_start
 from hypergrad.methods.base import Pulled, ResponseMethod
-from hypergrad.step import Recording, state_tensors
+from hypergrad.step import Recording, Step, state_tensors
 from hypergrad.trajectory import Trajectory
 
 
@@ -196,6 +196,8 @@ class ForwardUnrolled(ResponseMethod):
         entries = iter([torch.dot(flat_dot, cotangent) for flat_dot, _ in tangents])
         grad = {
             name: torch.stack([next(entries) for _ in range(u.numel())]).to(u.dtype).view(u.shape)
+            if u.numel()
+            else torch.zeros_like(u)
             for name, u in upper.items()
         }
         count = torch.full((), 2 * len(columns) * trajectory.num_steps, dtype=torch.int64, device=cotangent.device)
@@ -204,12 +206,15 @@ class ForwardUnrolled(ResponseMethod):
 
 
 def _reads_upper(trajectory: Trajectory, upper: Params) -> bool:
-    """Return whether the run depends on `upper`, as far as its last step tells; True where that cannot be told."""
-    last = trajectory.steps[-1]
-    if in_transform() or trajectory.start is not None or last.recipe.hyper:
+    """Return whether a step of the run reads `upper`, the last ones asked first; True where that cannot be told."""
+    if in_transform() or trajectory.start is not None or trajectory.steps[-1].recipe.hyper:
         return True
-    with replaying(last.random):
-        return bool(upper_gradient(lambda u: last.lower_loss(trajectory.end_flat, u), upper))
+    return any(step.taken and _step_reads(step, flat, upper) for step, flat, _ in trajectory.backwards(0, upper))
+
+
+def _step_reads(step: Step, flat: Tensor, upper: Params) -> bool:
+    with replaying(step.random):
+        return bool(upper_gradient(lambda u: step.lower_loss(flat, u), upper))
 
 
 def _basis(upper: Params) -> list[Params]:

@@ -163,6 +163,7 @@ class Bound:
             if value.numel() == 1:
                 return [value.reshape(())] * len(self.groups)
             if value.shape == (self.layout.size,):
+                value = value.to(self.layout.dtype)
                 return [value] if len(self.groups) == 1 else value.split_with_sizes(self.group_sizes)
             raise ValueError(
                 f"hyper[{name!r}] has shape {tuple(value.shape)}; expected a 0-dimensional tensor or one of "

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import device_cases as cases
 import networks
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +18,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import hypergrad as hg
+from hypergrad.step import Step
 
 AOT = "aot_eager"
 
@@ -251,6 +255,70 @@ def test_second_derivatives_stay_eager():
         return torch.autograd.grad((grad**2).sum(), leaf["shift"])[0]
 
     torch.testing.assert_close(twice(AOT), twice(False))
+
+
+def unrolled(loss: Any, upper: Any, batches: list[Any], compile: Any) -> hg.Hypergradient:
+    method = hg.Unrolled(compile=compile)
+    recording = method.recording(len(batches))
+    sgd = hg.optim.SGD(lr=0.1)
+    traj = hg.descend(loss, {"w": torch.zeros(3)}, upper, optimizer=sgd, batches=batches, recording=recording)
+    return hg.hypergradient(lambda w, u, b: (w["w"] ** 2).sum(), traj, upper, method=method)
+
+
+@pytest.mark.parametrize("labelled", [(True, False), (False, True)])
+def test_steps_that_read_other_upper_parameters_keep_their_share(labelled, monkeypatch):
+    def loss(lower: Any, upper: Any, batch: Any) -> torch.Tensor:
+        x, is_labelled = batch
+        value = upper["l2"].exp() * (lower["w"] ** 2).sum() + ((lower["w"] - x) ** 2).sum()
+        return value + ((lower["w"] - upper["c"]) ** 2).sum() if is_labelled else value
+
+    upper = {"c": torch.ones(3), "l2": torch.zeros(()), "unread": torch.ones(2)}
+    batches = [(torch.full((3,), 1.0 + k), is_labelled) for k, is_labelled in enumerate(labelled)]
+    assert_same(unrolled(loss, upper, batches, AOT), unrolled(loss, upper, batches, False), rtol=1e-6)
+
+    others = [(x + 1, is_labelled) for x, is_labelled in batches * 2]
+    expected = unrolled(loss, upper, others, False)
+    monkeypatch.setattr(Step, "pull", None)  # steps of known kinds are never pulled back eagerly
+    assert_same(unrolled(loss, upper, others, AOT), expected, rtol=1e-6)
+
+
+def test_a_later_run_may_read_other_upper_parameters():
+    """A flag that the loss sees changes between runs, in which the compiler finds or makes other code."""
+    flags = {"labelled": False}
+
+    def loss(lower: Any, upper: Any, batch: Any) -> torch.Tensor:
+        value = upper["l2"].exp() * ((lower["w"] - batch) ** 2).sum()
+        return value + ((lower["w"] - upper["c"]) ** 2).sum() if flags["labelled"] else value
+
+    upper, batches = {"c": torch.ones(3), "l2": torch.zeros(())}, [torch.full((3,), 2.0)] * 2
+    for labelled in (False, True, False, True):
+        flags["labelled"] = labelled
+        assert_same(unrolled(loss, upper, batches, AOT), unrolled(loss, upper, batches, False), rtol=1e-6)
+
+
+@dataclass
+class Pair:
+    x: torch.Tensor
+    weight: float
+
+
+BATCHES: dict[str, tuple[Callable[[float], Any], Callable[[Any], torch.Tensor]]] = {
+    "dataclass": (lambda k: Pair(torch.full((3,), k), 2.0), lambda batch: batch.weight * batch.x),
+    "array of indices": (lambda k: (torch.full((3,), k), np.full(3, k)), lambda batch: batch[0]),
+}
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_batches_of_objects_that_do_not_compare(name):
+    make, data = BATCHES[name]
+
+    def loss(lower: Any, upper: Any, batch: Any) -> torch.Tensor:
+        return ((lower["w"] - upper["c"] * data(batch)) ** 2).sum()
+
+    batches = [make(1.0 + k) for k in range(4)] * 2
+    upper, before = {"c": torch.ones(3)}, num_graphs()
+    assert_same(unrolled(loss, upper, batches, AOT), unrolled(loss, upper, batches, False), rtol=1e-6)
+    assert num_graphs() == before + 2  # a step and its derivative
 
 
 def wrong_backward(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:

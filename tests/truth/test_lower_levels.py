@@ -392,3 +392,89 @@ def test_decoupled_decay_may_be_ignored_by_name() -> None:
     )
     h = hg.hypergradient(p.upper_loss, run, p.upper, method=hg.Implicit(hg.Exact(), decoupled="ignore"))
     assert relative_error(h.grad, p.truth()) < 1e-6  # the run moved by its learning rate, 1e-9 a coordinate
+
+
+@pytest.mark.parametrize("method", [hg.Unrolled(), hg.Unrolled(checkpoint="sqrt"), hg.ForwardUnrolled()])
+def test_draws_of_a_start_are_those_of_the_run(method: hg.Method) -> None:
+    """w_0 = mu + s e with mu = 0: each step halves it, so that ds of |w|^2 is 2 |w|^2 / s."""
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    upper = {"mu": torch.zeros(3, dtype=F64), "s": torch.ones((), dtype=F64)}
+
+    def square(w: Params, u: Params, batch: Any) -> Tensor:
+        return (w["w"] ** 2).sum()
+
+    run = hg.descend(
+        square,
+        {"w": torch.zeros(3, dtype=F64)},
+        upper,
+        optimizer=hg.optim.SGD(lr=0.25),
+        batches=[None] * 3,
+        start=lambda u: {"w": u["mu"] + u["s"] * torch.randn(3, dtype=F64)},
+    )
+    assert torch.equal(before, torch.get_rng_state())
+    h = hg.hypergradient(square, run, upper, method=method)
+    torch.testing.assert_close(h.grad["s"], 2 * h.value)
+
+
+def test_draws_of_a_response_are_replayed() -> None:
+    """The lower loss draws nothing; both gradients of a difference quotient see the same dropped entries."""
+    upper = {"c": torch.ones(8, dtype=F64)}
+
+    def loss(w: Params, u: Params, batch: Any) -> Tensor:
+        return ((w["w"] - u["c"]) ** 2).sum()
+
+    def response(w: Params, u: Params, batch: Any) -> Tensor:
+        return loss({"w": torch.nn.functional.dropout(w["w"], 0.5)}, u, batch)
+
+    run = hg.descend(
+        loss,
+        {"w": torch.zeros(8, dtype=F64)},
+        upper,
+        optimizer=hg.optim.SGD(lr=0.1),
+        batches=[None] * 50,
+        response=response,
+    )
+
+    def above(w: Params, u: Params, batch: Any) -> Tensor:
+        return (w["w"] ** 2).sum()
+
+    one, other = (
+        hg.hypergradient(above, run, upper, method=method).grad for method in (hg.OneStep(), hg.FiniteDifference())
+    )
+    assert relative_error(other, one) < 1e-6
+
+
+def test_decoupled_decay_given_as_a_number_through_hyper_is_refused() -> None:
+    p = quadratic(6)
+    run = hg.descend(
+        p.lower_loss,
+        p.solved_at(),
+        p.upper,
+        optimizer=hg.optim.Adam(lr=1e-3, decoupled_weight_decay=True),
+        batches=[None],
+        hyper={"weight_decay": lambda u, step: 0.5},
+    )
+    with pytest.raises(ValueError, match="decoupled weight decay"):
+        hg.hypergradient(p.upper_loss, run, p.upper, method=hg.Implicit(hg.Exact()))
+
+
+def test_a_flat_hyperparameter_of_another_dtype_leaves_the_run_in_its_own() -> None:
+    upper = {"log_wd": torch.zeros(3, dtype=F64)}
+
+    def loss(w: Params, u: Params, batch: Any) -> Tensor:
+        return ((w["w"] - 1) ** 2).sum()
+
+    found = []
+    for decay in (lambda u: {"w": u["log_wd"].exp()}, lambda u: u["log_wd"].exp()):
+        run = hg.descend(
+            loss,
+            {"w": torch.zeros(3)},
+            upper,
+            optimizer=hg.optim.SGD(lr=0.1),
+            batches=[None] * 50,
+            hyper={"weight_decay": decay},
+        )
+        assert run.end["w"].dtype is torch.float32
+        found.append(hg.hypergradient(loss, run, upper, method=hg.Implicit(hg.CG(5))).grad)
+    assert relative_error(*found) < 1e-6
