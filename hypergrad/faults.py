@@ -153,7 +153,10 @@ class Faults:
         """Return 0-dim tensors as numbers, with every flag still to be read in the same transfer."""
         pending, self._pending = self._pending, []
         several = [*values, *(flag for _, _, flag in pending)]
-        numbers: list[float] = torch.stack([x.to(several[0]) for x in several]).tolist()
+        if not pending and all(x.is_cpu for x in values):
+            numbers = [float(x) for x in values]
+        else:
+            numbers = torch.stack([x.to(several[0]) for x in several]).tolist()
         for (runner, index, _), finite in zip(pending, numbers[len(values) :], strict=True):
             if not finite:
                 self._refuses(f"loss of {self._where(runner, index)} is not finite")
@@ -196,7 +199,8 @@ def _norm(gradient: Gradient) -> Tensor:
     if not gradient.grad:
         return torch.zeros_like(gradient.value)
     layout = gradient.runner.layout
-    norm = get_total_norm(gradient.grad.values())
+    tensors = list(gradient.grad.values())
+    norm = torch.linalg.vector_norm(tensors[0]) if len(tensors) == 1 else get_total_norm(tensors)
     return norm if layout.over_shards is None else layout.sum(norm.square()).sqrt()
 
 

@@ -138,8 +138,14 @@ def check_interval(check_every: CheckEvery, b: Tensor, name: str) -> int:
     return check_every
 
 
+Scalar = Tensor | float
+"""A 0-dim tensor, or its value where values are read."""
+
+
 class Start(NamedTuple):
     """A system A d = r for the correction to `x`, scaled so that the largest entry of r is 1 (or r is zero).
+
+    What is no vector is a 0-dim tensor, and a Python number where `reads`.
 
     Attributes:
         x: the start; zero if x0 is absent or of no use.
@@ -154,10 +160,10 @@ class Start(NamedTuple):
 
     x: Tensor
     r: Tensor
-    scale: Tensor
-    tol: Tensor
-    b_norm: Tensor
-    finite: Tensor
+    scale: Scalar
+    tol: Scalar
+    b_norm: Scalar
+    finite: Tensor | bool
     num_products: int
     reads: bool
 
@@ -169,6 +175,8 @@ def start(op: Operator, b: Tensor, x0: Tensor | None, *, rtol: float, atol: floa
     the first residual: a recurrence that falls further says nothing about x. `reads` allows to decide by reading
     values, which is what a solver does that checks at every step.
     """
+    if reads:
+        return _start_reading(op, b, x0, rtol=rtol, atol=atol)
     size = largest(b)
     finite = size < float("inf")
     scale = torch.where(finite & (size > 0), size, 1.0)
@@ -176,23 +184,45 @@ def start(op: Operator, b: Tensor, x0: Tensor | None, *, rtol: float, atol: floa
     b_norm = torch.linalg.vector_norm(r) * scale
     x, num_products = torch.zeros_like(b), 0
     if x0 is not None:
-        begun = pick(size > 0, x0, 0.0, reads=reads)
+        begun = torch.where(size > 0, x0, 0.0)
         first = b - op.mv(begun)
         size, num_products = largest(first), 1
         usable = torch.maximum(size, largest(begun)) < float("inf")
         finite = finite & usable
         scale = torch.where(finite & (size > 0), size, scale)
-        x, r = pick(usable, begun, x, reads=reads), pick(usable, first / scale, r, reads=reads)
-    r = pick(finite, r, 0.0, reads=reads)
+        x, r = torch.where(usable, begun, x), torch.where(usable, first / scale, r)
+    r = torch.where(finite, r, 0.0)
     eps = torch.finfo(b.dtype).eps
     tol = (b_norm / scale * rtol).clamp(min=eps * eps)
     if atol > 0:
         tol = torch.maximum(tol, atol / scale)
-    return Start(x, r, scale, tol, b_norm, finite, num_products, reads)
+    return Start(x, r, scale, tol, b_norm, finite, num_products, False)
+
+
+def _start_reading(op: Operator, b: Tensor, x0: Tensor | None, *, rtol: float, atol: float) -> Start:
+    """Return the same from values that are read: an operation on a number costs nothing beside one on a tensor."""
+    size = largest(b).item()
+    finite = size < math.inf
+    scale = size if finite and size > 0 else 1.0
+    r = b / scale
+    b_norm = torch.linalg.vector_norm(r).item() * scale
+    x, num_products = torch.zeros_like(b), 0
+    if x0 is not None:
+        begun = x0 if size > 0 else x
+        first = b - op.mv(begun)
+        size, num_products = largest(first).item(), 1
+        if size < math.inf and largest(begun).item() < math.inf:
+            scale = size if finite and size > 0 else scale
+            x, r = begun, first / scale
+        else:
+            finite = False
+    eps = torch.finfo(b.dtype).eps
+    tol = max(b_norm / scale * rtol, eps * eps, atol / scale)
+    return Start(x, r if finite else torch.zeros_like(r), scale, tol, b_norm, finite, num_products, True)
 
 
 def finish(
-    begun: Start, d: Tensor, residual_norm: Tensor, result: Tensor, num_steps: Tensor | int, num_products: int
+    begun: Start, d: Tensor, residual_norm: Scalar, result: Tensor | Result, num_steps: Tensor | int, num_products: int
 ) -> Solution:
     """Return the solution x + scale * d; one that is not finite gives way to the start and says NON_FINITE.
 
@@ -205,15 +235,25 @@ def finish(
         num_products: products since `start`.
     """
     device = d.device
-    x = torch.addcmul(begun.x, d, begun.scale)
-    whole = largest(x) < float("inf")
-    x = pick(whole, x, begun.x, reads=begun.reads)
+    norm = residual_norm * begun.scale
+    if isinstance(begun.scale, Tensor):
+        x = torch.addcmul(begun.x, d, begun.scale)
+        whole = largest(x) < float("inf")
+        x = torch.where(whole, x, begun.x)
+        result = choose(begun.finite & whole, result, Result.NON_FINITE)
+        norm = torch.where(torch.as_tensor(begun.finite), norm, begun.b_norm)
+    else:
+        x = torch.add(begun.x, d, alpha=begun.scale)
+        if not largest(x) < float("inf"):
+            x, result = begun.x, Result.NON_FINITE
+        if not begun.finite:
+            norm, result = begun.b_norm, Result.NON_FINITE
     return Solution(
         x=x,
-        result=choose(begun.finite & whole, result, Result.NON_FINITE),
+        result=result.tensor(device) if isinstance(result, Result) else result,
         num_steps=count(num_steps, device),
         num_products=count(begun.num_products + num_products, device),
-        residual_norm=torch.where(begun.finite, residual_norm * begun.scale, begun.b_norm),
+        residual_norm=norm if isinstance(norm, Tensor) else torch.tensor(norm, dtype=d.dtype, device=device),
     )
 
 

@@ -143,7 +143,7 @@ class CG(Solver):
 
     def _solve_reading(self, op: Operator, begun: Start, apply: Apply | None, num_products: int) -> Solution:
         """Return the same where every scalar may be read: in place, and with nothing to mask."""
-        d, r, tol = torch.zeros_like(begun.r), begun.r, begun.tol.item()
+        d, r, tol = torch.zeros_like(begun.r), begun.r, float(begun.tol)
         p = (r if apply is None else apply(r)).clone()
         rr = torch.dot(r, r).item()
         rho = rr if apply is None else torch.dot(r, p).item()
@@ -167,5 +167,4 @@ class CG(Solver):
             result = Result.SUCCESS
         elif math.isnan(rr):
             result = Result.NON_FINITE
-        norm = torch.full_like(begun.tol, math.sqrt(rr))
-        return finish(begun, d, norm, result.tensor(d.device), num_steps, num_products)
+        return finish(begun, d, math.sqrt(rr), result, num_steps, num_products)

@@ -13,6 +13,7 @@ from hypergrad._result import Result
 from hypergrad.operators import Operator
 from hypergrad.solvers.base import (
     CheckEvery,
+    Scalar,
     Solution,
     Solver,
     check_check_every,
@@ -138,7 +139,7 @@ class GMRES(Solver):
         return finish(begun, d, norm, result, num_steps, num_products)
 
 
-def _cycle(op: Operator, r: Tensor, norm: Tensor, active: Tensor, tol: Tensor, num_steps: int, interval: int) -> _Cycle:
+def _cycle(op: Operator, r: Tensor, norm: Tensor, active: Tensor, tol: Scalar, num_steps: int, interval: int) -> _Cycle:
     """Return the correction that minimises norm(r - A d) over the Krylov space of r, while `active`."""
     eps = torch.finfo(r.dtype).eps
     zero = torch.zeros((), dtype=r.dtype, device=r.device)

@@ -123,7 +123,7 @@ class SciPy(Solver):
         r = begun.r
         tol, norm = float(begun.tol), float(torch.linalg.vector_norm(r))
         if norm <= tol:
-            return finish(begun, torch.zeros_like(r), torch.full_like(begun.tol, norm), _code(0, b), 0, 0)
+            return finish(begun, torch.zeros_like(r), norm, _code(0, b), 0, 0)
         counter = _Counter()
 
         def host(
