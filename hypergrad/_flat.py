@@ -116,11 +116,23 @@ def constant(tensor: Tensor) -> Tensor:
     if not torch.compiler.is_compiling():
         while _functorch.is_gradtrackingtensor(value):
             value = _functorch.get_unwrapped(value)
+        if value.is_inference():
+            value = value.clone()  # outside of inference mode a tensor like any other
     return value
+
+
+def check_mode() -> None:
+    """Raise a ValueError inside `torch.inference_mode()`, where torch records nothing that could be differentiated."""
+    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+        raise ValueError(
+            "nothing can be differentiated inside torch.inference_mode(). Leave it for this call; torch.no_grad() may "
+            "stay on."
+        )
 
 
 def check_params(params: Mapping[str, Tensor], what: str) -> None:
     """Raise a ValueError unless `params` is a non-empty dict of floating-point tensors on one device."""
+    check_mode()
     if not isinstance(params, Mapping):
         raise ValueError(
             f"{what} must be a dict[str, Tensor], got {type(params).__name__}. "
@@ -132,6 +144,11 @@ def check_params(params: Mapping[str, Tensor], what: str) -> None:
     for name, tensor in params.items():
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{what}[{name!r}] must be a Tensor, got {type(tensor).__name__}.")
+        if tensor.is_complex():
+            raise ValueError(
+                f"{what}[{name!r}] has dtype {tensor.dtype}; only real tensors can be differentiated. Pass "
+                "torch.view_as_real(tensor), and use torch.view_as_complex of it inside the loss."
+            )
         if not tensor.is_floating_point():
             raise ValueError(
                 f"{what}[{name!r}] has dtype {tensor.dtype}; only floating-point tensors can be differentiated. "

@@ -40,6 +40,27 @@ def arity(function: Callable[..., Any], default: int) -> int:
     return default if required == default else required  # F.mse_loss takes two, and options after them
 
 
+def check_signature(function: Callable[..., Any], expected: str, what: str) -> None:
+    """Raise a ValueError that names `what` if `function` cannot be called with the `expected`, "models, batch" say.
+
+    A function whose signature cannot be told passes.
+    """
+    if torch.compiler.is_compiling():
+        return
+    called = function.forward if isinstance(function, nn.Module) else function
+    try:
+        signature = inspect.signature(called, follow_wrapped=False)
+    except (TypeError, ValueError):
+        return
+    try:
+        signature.bind(*expected.split(", "))
+    except TypeError:
+        raise ValueError(
+            f"{what} must take ({expected}), got a function of {signature}. Let it take these, also what it does not "
+            "use."
+        ) from None
+
+
 def second_name(function: Callable[..., Any]) -> str | None:
     """Return the name of the second parameter of `function`, None where there is none or it cannot be told."""
     try:

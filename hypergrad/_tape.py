@@ -253,7 +253,8 @@ def explained_grad(
 def _kinds(output: Tensor) -> set[type]:
     """Return the classes of the functions in the graph of `output`; to ask each for its name takes twice as long."""
     last = underlying(output).grad_fn
-    pending, seen = [] if last is None else [last], {last}
+    pending = [] if last is None else [last]
+    seen = set(pending)
     while pending:
         for node, _ in pending.pop().next_functions:
             if node is not None and node not in seen:

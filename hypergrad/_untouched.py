@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from hypergrad._eager import eagerly
+from hypergrad._flat import constant
 from hypergrad._random import random_state, restore_random_state
 
 
@@ -31,6 +32,17 @@ def untouched(device: torch.device) -> Iterator[None]:
         restore_random_state(state)
 
 
+_NEVER = -1
+"""No version of a tensor: such a copy belongs to another, and is copied before it is used."""
+
+
+class _Frame(NamedTuple):
+    """A module's call: the buffers replaced for it, and the modules, by id, that need not be looked at inside it."""
+
+    swapped: list[tuple[nn.Module, str, Tensor]]
+    entered: set[int]
+
+
 class _StandIns:
     """While open, modules run on copies of their buffers; what one call writes there, the next one finds.
 
@@ -42,14 +54,15 @@ class _StandIns:
     def __init__(self) -> None:
         self._latest: dict[int, tuple[Tensor, Tensor, int]] = {}  # by the buffer's id: it, its copy, the copy's version
         self._copies: dict[int, Tensor] = {}  # by id, so that a copy is known as one
-        self._frames: list[list[tuple[nn.Module, str, Tensor]]] = []
+        self._written: set[int] = set()  # by the buffer's id: those that calls have changed
+        self._frames: list[_Frame] = []
         self._inside: set[int] = set()
 
     def __enter__(self) -> _StandIns:
         if _open:
             _open[-1].look_away()
-            never = -1  # no version of a tensor: these copies are the other's, and are copied before they are used
-            self._latest = {key: (buffer, copy, never) for key, (buffer, copy, _) in _open[-1]._latest.items()}
+            self._latest = {key: (buffer, copy, _NEVER) for key, (buffer, copy, _) in _open[-1]._latest.items()}
+            self._written = set(_open[-1]._written)
         self.watch()
         _open.append(self)
         return self
@@ -76,18 +89,23 @@ class _StandIns:
             handle.remove()
 
     def _enter_module(self, module: nn.Module, _args: Any) -> None:
-        swapped: list[tuple[nn.Module, str, Tensor]] = []
-        self._frames.append(swapped)
+        frame = _Frame([], set())
+        self._frames.append(frame)
         if id(module) in self._inside:
             return
+        bare = isinstance(module, RunsOnClones)  # its buffers are clones, made for this call
         for inner in module.modules():
             if id(inner) in self._inside:
                 continue
-            for name, buffer in inner._buffers.items():
+            for name, buffer in () if bare else inner._buffers.items():
                 if buffer is not None and id(buffer) not in self._copies:
-                    swapped.append((inner, name, buffer))
+                    frame.swapped.append((inner, name, buffer))
                     inner._buffers[name] = self._stand_in(buffer)
-        self._inside.update(id(inner) for inner, _, _ in swapped)
+                    if name.startswith("running_") and inner.training:
+                        self._written.add(id(buffer))  # batch norm writes without a mark
+            if bare or inner._buffers:
+                frame.entered.add(id(inner))
+        self._inside |= frame.entered
 
     def _leave_module(self, _module: nn.Module, _args: Any, _output: Any) -> None:
         if self._frames:
@@ -97,22 +115,56 @@ class _StandIns:
         known = self._latest.get(id(buffer))
         if known is not None and known[1]._version == known[2]:
             return known[1]
+        if known is not None and known[2] != _NEVER:
+            self._written.add(id(buffer))
         with torch.no_grad():
             copy = (buffer if known is None else known[1]).detach().clone()
         self._latest[id(buffer)] = (buffer, copy, copy._version)
         self._copies[id(copy)] = copy
         return copy
 
-    def _restore(self, frame: list[tuple[nn.Module, str, Tensor]]) -> None:
-        for module, name, buffer in frame:
-            self._inside.discard(id(module))
+    def _restore(self, frame: _Frame) -> None:
+        self._inside -= frame.entered
+        for module, name, buffer in frame.swapped:
             written = module._buffers.get(name)
             if written is not None and id(written) not in self._copies:  # assigned anew, not written in place
                 with torch.no_grad():
                     copy = written.detach().clone()
                 self._latest[id(buffer)] = (buffer, copy, copy._version)
                 self._copies[id(copy)] = copy
+                self._written.add(id(buffer))
             module._buffers[name] = buffer
+
+
+Buffers = Mapping[int, tuple[Tensor, Tensor]]
+"""What calls of modules have left in their buffers, by the buffer's id: the buffer, and what stands in for it."""
+
+
+def buffers_left() -> Buffers | None:
+    """Return what calls of modules have left in those buffers that they changed; None where modules are not watched."""
+    if not _open or torch.compiler.is_compiling():
+        return None
+    watching = _open[-1]
+    latest = watching._latest
+    watching._written |= {key for key, (_, copy, version) in latest.items() if version not in (_NEVER, copy._version)}
+    left = {key: (latest[key][0], constant(latest[key][1])) for key in watching._written if key in latest}
+    latest.update({key: (buffer, copy, _NEVER) for key, (buffer, copy) in left.items()})
+    return left
+
+
+@contextlib.contextmanager
+def going_on_from(left: Buffers | None) -> Iterator[None]:
+    """Let modules find in their buffers what `buffers_left` told; what they leave there is forgotten."""
+    if left is None or not _open or torch.compiler.is_compiling():
+        yield
+        return
+    watching = _open[-1]
+    present = watching._latest
+    watching._latest = {key: (buffer, copy, _NEVER) for key, (buffer, copy) in left.items()}
+    try:
+        yield
+    finally:
+        watching._latest = present
 
 
 class RunsOnClones(nn.Module):

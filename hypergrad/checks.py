@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from hypergrad._flat import Params
+from hypergrad._flat import Params, check_mode
+from hypergrad._random import random_state, restore_random_state
 from hypergrad._shards import held_params
 from hypergrad._untouched import untouched
 from hypergrad.averaged import plain
 from hypergrad.composite import Composite
-from hypergrad.methods import Implicit, Method
+from hypergrad.methods import Implicit, Method, Reptile
 from hypergrad.methods._refusals import check_fixed_point
-from hypergrad.problem import Problem
+from hypergrad.network import Network
+from hypergrad.problem import Problem, loss_value
+from hypergrad.reads import Reads
 from hypergrad.runner import Runner
 from hypergrad.stationarity import Responding
 from hypergrad.step import Step
 from hypergrad.stepper import check_hyper, needs_closure
+from hypergrad.tasks import first_task
 from hypergrad.trajectory import Trajectory
 
 
@@ -29,6 +34,7 @@ def arrange(problems: Sequence[Problem | Sequence[Problem]]) -> list[list[Proble
     Raises:
         ValueError: for anything but a list of problems or of lists of them, for a name or a parameter given twice.
     """
+    check_mode()
     if isinstance(problems, Problem) or not isinstance(problems, Sequence):
         raise ValueError("Engine takes a list of problems, lowest level first: Engine([lower, upper]).")
     levels: list[list[Any]] = [list(entry) if isinstance(entry, (list, tuple)) else [entry] for entry in problems]
@@ -47,6 +53,11 @@ def arrange(problems: Sequence[Problem | Sequence[Problem]]) -> list[list[Proble
         seen.add(problem.name)
         _check_embeddings(problem)
         for key, parameter in problem.variables().items():
+            if parameter.is_inference():
+                raise ValueError(
+                    f"problem {problem.name!r}: its parameter {key!r} was created in torch.inference_mode() and cannot "
+                    "be trained. Build the module outside of it."
+                )
             other = owners.setdefault(id(parameter), problem.name)
             if other != problem.name:
                 raise ValueError(
@@ -97,6 +108,7 @@ def check_runner(runner: Runner, upper: Params) -> None:
     """
     problem = runner.problem
     _check_micro_batches(runner)
+    _check_hooks(runner)
     with untouched(runner.layout.device), torch.no_grad():
         if problem.start is not None:
             runner.start_values({})
@@ -109,6 +121,71 @@ def check_runner(runner: Runner, upper: Params) -> None:
         runner.check_project()
     if problem.method is not None and upper and problem.responds:
         _check_method(runner, problem.method, upper)
+
+
+def _check_hooks(runner: Runner) -> None:
+    """Raise a ValueError for hooks on parameters that no step here would call, or no derivative."""
+    name, method = runner.name, runner.problem.method
+    for key, parameter in runner.variables.items():
+        if runner.in_place is None and getattr(parameter, "_post_accumulate_grad_hooks", None):
+            raise ValueError(
+                f"problem {name!r}: {key!r} has a hook for accumulated gradients, and an engine accumulates none: it "
+                "would never be called. Use clip_norm, clip_value or project, or a hook of the optimizer."
+            )
+        responds = method is not None and not isinstance(method, Reptile) and runner.problem.responds
+        if responds and getattr(parameter, "_backward_hooks", None):
+            raise ValueError(
+                f"problem {name!r}: {key!r} has a hook that changes its gradient, which {type(method).__name__} would "
+                "not differentiate. Change the loss instead: multiply the parameter by its mask, say."
+            )
+
+
+def goes_back(runner: Runner) -> bool:
+    """Return whether the problem's method differentiates the steps of its run, of which there is a record."""
+    method = runner.problem.method
+    through = method is not None and method.num_batches is None and method.differentiates_optimizer
+    return through and runner.problem.responds and runner.problem.tasks is None
+
+
+def check_task_buffers(
+    network: Network,
+    reader: Problem,
+    first_batch: Callable[[Problem], Any],
+    members: Sequence[Runner],
+    reads: Mapping[str, Reads],
+) -> None:
+    """Raise a ValueError if what a task's steps write into buffers is read: all begin with the module's own.
+
+    Args:
+        network: evaluates losses.
+        reader: the problem that reads the tasks.
+        first_batch: returns a problem's first batch.
+        members: the problems with tasks that it reads.
+        reads: of all problems.
+    """
+    for member in members:
+        count, left = member.problem.tasks or 1, Params()
+        for problem in (member.problem, reader):
+            if not reads[member.name].written:
+                break
+            loss = partial(_loss_on, problem, first_task(problem, first_batch(problem), count))
+            with untouched(member.layout.device):
+                random = random_state(member.layout.device)
+                before = network.observe(loss, {})
+                left = left or before.written
+                restore_random_state(random)
+                after = network.observe(loss, left)
+            if not torch.allclose(before.value, after.value, rtol=1e-4, atol=1e-6, equal_nan=True):
+                raise ValueError(
+                    f"problem {member.name!r}: a task's steps write the buffers {list(left)}, and the loss of "
+                    f"{problem.name!r} reads them; but with tasks={count} each evaluation begins with the module's. "
+                    "Normalize by the batch's statistics in both losses (train mode), use GroupNorm or LayerNorm, or "
+                    "hand what changes from step to step through the batch."
+                )
+
+
+def _loss_on(problem: Problem, batch: Any, models: Any) -> Tensor:
+    return loss_value(problem.loss, models, batch, problem.name)[0]
 
 
 def _check_micro_batches(runner: Runner) -> None:

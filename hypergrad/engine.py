@@ -13,13 +13,13 @@ from typing import Any
 
 from torch import Tensor
 
-from hypergrad._flat import Params
+from hypergrad._flat import Params, check_mode
 from hypergrad._random import RandomState, random_state, replaying, restore_random_state
 from hypergrad._tape import add
 from hypergrad._untouched import untouched
 from hypergrad.averaged import plain
 from hypergrad.callbacks.base import Callback
-from hypergrad.checks import arrange, check_runner
+from hypergrad.checks import arrange, check_runner, check_task_buffers, goes_back
 from hypergrad.coupling import by_problem, ravel, settle
 from hypergrad.distributed import Signals
 from hypergrad.distributed.launch import begin_alike, check_alike, choose_ranks, rank_stream
@@ -29,10 +29,12 @@ from hypergrad.history import History, Record
 from hypergrad.in_place import check_levels, in_place
 from hypergrad.loop import named, run
 from hypergrad.methods import Pulled, Reptile, ResponseMethod
+from hypergrad.methods.base import Total, check_pulled
 from hypergrad.network import Network
 from hypergrad.problem import Problem
 from hypergrad.product_check import check_product
 from hypergrad.reads import Reads, dry_reads
+from hypergrad.replay_check import check_replay
 from hypergrad.runner import Runner
 from hypergrad.saving import load_all, save_all
 from hypergrad.source import DataError, load_random, save_random
@@ -65,7 +67,8 @@ class Engine:
             False for this process alone. Every rank must build the same engine and step it alike; parameters, buffers
             and the random state begin as rank 0 has them, losses draw from a stream of each rank's own.
         product_check: at build, compare one Hessian product with a finite difference for each problem whose method
-            needs second derivatives; it catches modules whose second derivative is silently wrong.
+            needs second derivatives; it catches modules whose second derivative is silently wrong. And take the first
+            steps of a run that is differentiated again, once; it catches hooks and state that no record holds.
 
     Raises:
         ValueError: at construction, for a graph or a problem that has no exact meaning; nothing is changed then.
@@ -131,8 +134,11 @@ class Engine:
         """States of the callbacks, for the next run."""
         self._lower: dict[str, list[Runner]] = {}
         self._past: dict[str, set[str]] = {}
+        self._members: dict[str, list[Runner]] = {}
         self._batches: dict[str, Any] = {}
         self._chunks: dict[str, int] = {}
+        self._to_replay: set[str] = set()
+        """Problems whose first window is still to be compared with the same taken again."""
         with self._sharing():
             self._build(product_check)
 
@@ -153,6 +159,7 @@ class Engine:
         for name in self.runners:
             self._lower[name] = [self.runners[other] for other in self.graph.reaching(name)]
             self._past[name] = self.graph.overtaken(name)
+            self._members[name] = self._with_tasks(self.runners[name])
         for name, runner in self.runners.items():
             check_runner(runner, self._upper(self.graph.depends(name)))
             tasks = runner.problem.tasks
@@ -160,7 +167,10 @@ class Engine:
                 raise ValueError(
                     f"problem {name!r}: tasks={tasks} do not divide among {self.ranks.size} ranks. Choose a multiple."
                 )
+        for name, members in self._members.items():
+            check_task_buffers(self.network, self.runners[name].problem, self._first_batch, members, self.graph.reads)
         if product_check:
+            self._to_replay = {name for name, r in self.runners.items() if self.ranks is None and goes_back(r)}
             for runner in self.runners.values():
                 self._check_product(runner)
 
@@ -185,6 +195,7 @@ class Engine:
 
     def step(self) -> Record:
         """Return the record of one step of the top level, all levels below having run as they are due."""
+        check_mode()
         self.is_between_steps, self.faults.step = False, self.num_steps
         record = self.faults.attempt(self._step, self.runners)
         self.num_steps += 1
@@ -207,18 +218,16 @@ class Engine:
         """The device mesh over which modules are sharded; None where all are whole."""
         return None if self.in_place is None else self.in_place.mesh
 
-    @contextlib.contextmanager
-    def _sharing(self) -> Iterator[None]:
+    def _sharing(self) -> contextlib.AbstractContextManager[Any]:
         """Let losses gather over the ranks in the body."""
-        with contextlib.nullcontext() if self.ranks is None else self.ranks.active():
-            yield
+        return contextlib.nullcontext() if self.ranks is None else self.ranks.active()
+
+    def _own_draws(self) -> contextlib.AbstractContextManager[Any]:
+        """Let random numbers in the body come from this rank's stream; the generators go on as all ranks have them."""
+        return contextlib.nullcontext() if self.ranks is None else self._rank_draws()
 
     @contextlib.contextmanager
-    def _own_draws(self) -> Iterator[None]:
-        """Let random numbers in the body come from this rank's stream; the generators go on as all ranks have them."""
-        if self.ranks is None:
-            yield
-            return
+    def _rank_draws(self) -> Iterator[None]:
         common = random_state(self._device)
         restore_random_state(self._stream)
         try:
@@ -359,7 +368,7 @@ class Engine:
     def _gradient(self, runner: Runner, record: Record) -> Gradient:
         """Return the gradient of the problem's loss at its present values, with the levels below responding."""
         batch = self._shard(runner, self._batch(runner))
-        members = self._with_tasks(runner)
+        members = self._members[runner.name]
         tasks = {m.name: [self._shard(m, self._draw(m, k)) for k in range(m.problem.steps)] for m in members}
         with self._own_draws():
             if members:
@@ -460,6 +469,9 @@ class Engine:
         trajectory = trajectories[runner.name]
         method = runner.problem.method
         upper = self._upper(self.graph.targets(runner.name, top.name))
+        if runner.name in self._to_replay:
+            self._to_replay.remove(runner.name)
+            check_replay(trajectory, upper, runner.name)
         if isinstance(method, Reptile):
             return Pulled(method.direction(trajectory, upper))
         if not isinstance(method, ResponseMethod):
@@ -467,8 +479,10 @@ class Engine:
             with replaying(random):
                 warm = runner.warm.get(top.name)
                 pulled: Pulled = method.total(top.as_upper_loss(runner.name), trajectory, upper, batch, warm)
+            check_pulled(method, pulled, upper, Total)
         else:
             pulled = method.vjp(trajectory, upper, ravel(runner, cotangent), runner.warm.get(top.name))
+            check_pulled(method, pulled, upper)
         if pulled.state is not None:
             runner.warm[top.name] = pulled.state
         for key, stat in pulled.stats.items():

@@ -1,14 +1,14 @@
 """How losses see the modules: as they stand, or with other values in the place of named parameters.
 
 A `Network` holds every problem's module without copying it. Each problem has a *view*: the modules that its functions
-read, under the problems' names. A view is evaluated by `torch.func.functional_call`, or directly where nothing is
-replaced.
+read, under the problems' names. A view is evaluated with other tensors put where the modules keep theirs, as
+`torch.func.functional_call` does it, but with the places found once; or directly where nothing is replaced.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,9 +73,20 @@ class _View:
     models: Models
     paths: Mapping[str, tuple[str, ...]]
     """Names of parameters and buffers, "problem.name" -> every place in `models` that holds the same one."""
-    buffers: tuple[tuple[str, nn.Module, str, frozenset[str]], ...]
-    """Path, module and key of each buffer, and the problems whose module holds it."""
+    places: Mapping[str, tuple[nn.Module, str]]
+    """Module and key of each place."""
+    buffers: tuple[tuple[str, frozenset[str]], ...]
+    """The place of each buffer, and the problems whose module holds it."""
     modules: tuple[nn.Module, ...]
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What a function of the models did: its value, the problems that it read, the buffers that it wrote, by place."""
+
+    value: Any
+    seen: frozenset[str]
+    written: Params
 
 
 class Network:
@@ -98,17 +109,20 @@ class Network:
 
     def _view(self, models: Models) -> _View:
         slots: dict[int, list[str]] = {}
+        places: dict[str, tuple[nn.Module, str]] = {}
         buffers = []
         for prefix, module in models.named_modules():
             for key, parameter in module._parameters.items():
                 if parameter is not None:
+                    places[f"{prefix}.{key}"] = module, key
                     slots.setdefault(id(parameter), []).append(f"{prefix}.{key}")
             for key, buffer in module._buffers.items():
                 if buffer is not None:
                     owners = frozenset(
                         n for n, p in self.problems.items() if any(m is module for m in p.module.modules())
                     )
-                    buffers.append((f"{prefix}.{key}", module, key, owners))
+                    places[f"{prefix}.{key}"] = module, key
+                    buffers.append((f"{prefix}.{key}", owners))
                     slots.setdefault(id(buffer), []).append(f"{prefix}.{key}")
         paths: dict[str, tuple[str, ...]] = {}
         for name, problem in self.problems.items():
@@ -119,20 +133,31 @@ class Network:
             for key, tensor in tensors:
                 if id(tensor) in slots:
                     paths[f"{name}.{key}"] = tuple(slots[id(tensor)])
-        return _View(models, paths, tuple(buffers), tuple(models.modules()))
+        return _View(models, paths, places, tuple(buffers), tuple(models.modules()))
 
-    def observe(self, function: Function, overrides: Params) -> tuple[Any, set[str]]:
-        """Return function(models) with `overrides` in place, and the names of the problems that it read."""
+    def observe(self, function: Function, overrides: Params) -> Observed:
+        """Return function(models) with `overrides` in place, and what it did."""
         noted: set[str] = set()
         seen: set[str] = set()
+        written: Params = {}
+        view = self._view(ReadingModels(self._modules, noted))
+
+        def buffers() -> Params:
+            found = ((path, module._buffers.get(key)) for path, (module, key) in view.places.items())
+            return {path: buffer for path, buffer in found if buffer is not None}
 
         def watched(models: Any) -> Any:
             noted.clear()  # putting the overrides in place reads everything
+            before = {path: b.detach().clone() for path, b in buffers().items()}
             value = function(models)
             seen.update(noted)
+            for path, b in buffers().items():  # by value: batch norm writes without a mark
+                if path not in before or not torch.equal(b, before[path]):
+                    written[path] = b.detach().clone()
             return value
 
-        return _evaluate(self._view(ReadingModels(self._modules, noted)), watched, overrides, None), seen
+        value = _evaluate(view, watched, overrides, None, ())
+        return Observed(value, frozenset(seen), written)
 
     def call(
         self,
@@ -141,6 +166,7 @@ class Network:
         *,
         reader: str | None = None,
         owner: str | None = None,
+        apart: Collection[str] = (),
     ) -> Any:
         """Return function(models), with `overrides` in the place of parameters named "problem.parameter".
 
@@ -152,9 +178,11 @@ class Network:
             overrides: parameters and buffers by "problem.name"; those that `reader` does not read are left out.
             reader: the problem whose function it is; it sees the problems that it reads. None for all.
             owner: the problem whose buffers this call may change, or None.
+            apart: those of them, "problem.buffer", that are cloned as well, and take over what the call leaves in the
+                clone: the graph of this call may save it.
         """
         view = self._whole if reader is None else self._views.get(reader, self._whole)
-        return _evaluate(view, function, overrides or {}, owner)
+        return _evaluate(view, function, overrides or {}, owner, apart)
 
     def variables(self, name: str) -> Params:
         """Return the problem's variables as they are, detached, under "problem.parameter"; of shards, this part."""
@@ -169,8 +197,28 @@ class Network:
             found = self._kept[name] = (versions, {key: p.clone() for key, p in present.items()})
         return found[1]
 
+    def buffers(self, names: Iterable[str]) -> Params:
+        """Return copies of these buffers, "problem.buffer"."""
+        places = [(name, *self._whole.places[name]) for name in names]
+        return {name: b.detach().clone() for name, module, key in places if (b := module._buffers[key]) is not None}
 
-def _evaluate(view: _View, function: Function, overrides: Params, owner: str | None) -> Any:
+    def check_present(self, name: str) -> None:
+        """Raise a ValueError if the problem's module holds other parameters than when the engine was built."""
+        for path, parameter in self.parameters(name).items():
+            module, key = self._whole.places[path]
+            if module._parameters.get(key) is not parameter:
+                raise ValueError(
+                    f"problem {name!r}: its parameter {path.removeprefix(f'{name}.')!r} has been replaced since the "
+                    "engine was built. Change the tensor in place (under torch.no_grad(), with copy_), or build "
+                    "another engine."
+                )
+
+    def parameters(self, name: str) -> dict[str, nn.Parameter]:
+        """Return the problem's variables themselves, under "problem.parameter"."""
+        return {f"{name}.{key}": p for key, p in self._variables[name].items()}
+
+
+def _evaluate(view: _View, function: Function, overrides: Params, owner: str | None, apart: Collection[str]) -> Any:
     """Return function(models) with `overrides` in place, modes and foreign buffers as before.
 
     Compiled modules run compiled as they stand, and eagerly with overrides: those come with second derivatives.
@@ -180,8 +228,9 @@ def _evaluate(view: _View, function: Function, overrides: Params, owner: str | N
         for path in view.paths.get(name, ()):
             values[path] = tensor
     clones: dict[int, Tensor] = {}
-    for path, module, key, owners in view.buffers:
-        if owner is None or owner not in owners:
+    for path, owners in view.buffers:
+        if owner is None or owner not in owners or path in apart:
+            module, key = view.places[path]
             buffer = values.get(path, module._buffers[key])
             if buffer is not None:
                 if id(buffer) not in clones:
@@ -194,11 +243,35 @@ def _evaluate(view: _View, function: Function, overrides: Params, owner: str | N
         with modules_eagerly() if eager else contextlib.nullcontext():
             if not values:
                 return function(view.models)
-            return functional_call(view.models, values, (function,), tie_weights=False)
+            with _replaced(view, values, apart):
+                return view.models(function)
     finally:
         for module, training in modes:
             if module.training != training:
                 module.training = training
+
+
+@contextlib.contextmanager
+def _replaced(view: _View, values: Params, apart: Collection[str]) -> Iterator[None]:
+    """Run the body with `values`, by place, where the modules keep parameters and buffers.
+
+    The buffers in `apart` take over what is in their place at the end.
+    """
+    before: list[tuple[dict[str, Any], str, Any]] = []
+    try:
+        for path, tensor in values.items():
+            module, key = view.places[path]
+            kept: dict[str, Any] = module._parameters if key in module._parameters else module._buffers
+            before.append((kept, key, kept.get(key)))
+            kept[key] = tensor
+        yield
+        left = [(kept[key], buffer) for path, (kept, key, buffer) in zip(values, before, strict=True) if path in apart]
+        with torch.no_grad():
+            for written, buffer in left:
+                buffer.copy_(written)
+    finally:
+        for kept, key, tensor in reversed(before):
+            kept[key] = tensor
 
 
 _TENSORS = frozenset({"parameters", "buffers"})

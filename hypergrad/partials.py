@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from hypergrad._shards import is_shard
 from hypergrad.distributed import Ranks, Signals
@@ -85,7 +86,10 @@ class WrittenBuffers:
         return [
             name
             for name, (buffer, version) in self._marks().items()
-            if name not in before or before[name][0] is not buffer or before[name][1] != version
+            if name not in before
+            or before[name][0] is not buffer
+            or before[name][1] != version
+            or _normalizes(self._places[name][0])
         ]
 
     def values(self, names: Sequence[str]) -> list[Tensor]:
@@ -96,6 +100,11 @@ class WrittenBuffers:
     def _marks(self) -> dict[str, tuple[Tensor, int]]:
         found = ((key, owner._buffers.get(name)) for key, (owner, name) in self._places.items())
         return {key: (b, b._version) for key, b in found if b is not None and b.is_floating_point()}
+
+
+def _normalizes(module: nn.Module) -> bool:
+    """Return whether the module writes its running statistics when called, which leaves no mark."""
+    return isinstance(module, _NormBase) and module.training and module.track_running_stats
 
 
 class AcrossRanks:

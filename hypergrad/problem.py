@@ -5,23 +5,36 @@ from __future__ import annotations
 import keyword
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
+from itertools import chain
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, DistributedSampler
 
 from hypergrad._flat import Params
-from hypergrad._functional import arity
+from hypergrad._functional import arity, check_signature
 from hypergrad.averaged import Split, split
 from hypergrad.composite import Composite
 from hypergrad.loss_scale import DynamicScale, check_problem_scale
 from hypergrad.methods import ForwardUnrolled, Implicit, Method, Reptile, Unrolled
+from hypergrad.step import takes_step
 
 After = Literal["continue", "rollback", "restart"]
 ModelLoss = Callable[[Any, Any], Any]
 """A loss of a problem: (models, batch) -> scalar, or (scalar, dict of metrics)."""
+
+_ARGUMENTS = {
+    "loss": "models, batch",
+    "response": "models, batch",
+    "start": "models",
+    "project": "params",
+    "select": "batch, step",
+    "split": "batch, count",
+}
+"""What an engine calls a problem's functions with."""
 
 _RESERVED = frozenset(dir(nn.Module())) | {"models", "problem"}
 
@@ -138,6 +151,7 @@ class Problem:
             self._check(value is None or callable(value), option, value, "None or a function")
         named = not isinstance(self.reads, str) and isinstance(self.reads, (Sequence, type(None)))
         self._check(named, "reads", self.reads, "None or a list of problems' names")
+        self._check_signatures()
         if self.loss_scale is not None:
             check_problem_scale(self.loss_scale, f"problem {self.name!r}: loss_scale")
         self._check_schedulers()
@@ -158,6 +172,20 @@ class Problem:
         if isinstance(given, type):
             hint = f"Create an instance: {found}(...)."
         raise ValueError(f"problem {self.name!r}: method must be a hypergradient method, got {found}. {hint}")
+
+    def _check_signatures(self) -> None:
+        """Raise a ValueError that names the first function that cannot be called with what an engine gives it."""
+        for option, expected in _ARGUMENTS.items():
+            function = getattr(self, option)
+            if function is not None and not isinstance(function, Composite):
+                check_signature(function, expected, f"problem {self.name!r}: {option}")
+        for option, function in self.hyper.items():
+            if takes_step(function):
+                raise ValueError(
+                    f"problem {self.name!r}: hyper[{option!r}] takes the step's index, which an engine does not give. "
+                    "Write it as a function of models alone, or use hg.descend(hyper=...)."
+                )
+            check_signature(function, "models", f"problem {self.name!r}: hyper[{option!r}]")
 
     def _check_schedulers(self) -> None:
         for scheduler in self.schedulers():
@@ -246,8 +274,16 @@ class Problem:
         """Return the parameters that this problem optimizes, by their names in the module.
 
         Raises:
-            ValueError: if the optimizer holds a parameter that the module does not, or none that requires grad.
+            ValueError: if the optimizer holds a parameter that the module does not, or none that requires grad, or if
+                the module has parameters or buffers without a shape yet (`nn.LazyLinear`).
         """
+        tensors = chain(self.module.named_parameters(), self.module.named_buffers())
+        lazy = [name for name, tensor in tensors if is_lazy(tensor)]
+        if lazy:
+            raise ValueError(
+                f"problem {self.name!r}: {lazy} of its module are lazy and have no shape yet. Run the module once on a "
+                "batch, and build its optimizer, before the Problem."
+            )
         names = {id(p): name for name, p in self.module.named_parameters()}
         held = [p for group in self.optimizer.param_groups for p in group["params"]]
         foreign = [tuple(p.shape) for p in held if id(p) not in names]

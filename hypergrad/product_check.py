@@ -17,6 +17,10 @@ from hypergrad._tape import gradient, tape
 from hypergrad._untouched import untouched
 from hypergrad.solvers._probes import gaussian
 
+_MEANT = (
+    "a stop-gradient (.detach(), torch.no_grad()) or a running average of the network's own output or parameters, as "
+    "in VAT, MoCo, DINO's centre, or BatchNorm in train and in eval mode"
+)
 _CULPRITS = (
     "torch.utils.checkpoint inside functional_call (it recomputes with other parameters), "
     "once_differentiable functions, autograd.Functions that keep tensors on ctx instead of "
@@ -88,9 +92,9 @@ def check_product(
         raise ValueError(
             f"{name}: its second derivative is wrong at {where}: a Hessian product differs from a finite "
             f"difference of the gradient by {100 * error:.2g}% (in {wide}), and torch does not notice. "
-            f"Known culprits: {_CULPRITS}. Replace the module or operation, use a method without second "
-            "derivatives (hg.FiniteDifference, hg.SAMA, hg.Penalty), or turn this check off "
-            "(Engine(product_check=False)) if the difference is meant."
+            f"Most often the loss holds back a part of its own gradient: {_MEANT}. Then the difference is meant: turn "
+            f"this check off, Engine(product_check=False). Other culprits: {_CULPRITS}. Replace the module or "
+            "operation, or use a method without second derivatives (hg.FiniteDifference, hg.SAMA, hg.Penalty)."
         )
 
 

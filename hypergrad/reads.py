@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hypergrad._flat import Params
 from hypergrad._untouched import untouched
 from hypergrad.in_place import InPlace
+from hypergrad.methods import ResponseMethod
 from hypergrad.network import Function, Network
 from hypergrad.problem import Problem, loss_value
 
@@ -29,6 +30,8 @@ class Reads:
     touched_by_start: frozenset[str]
     keys: frozenset[str]
     """All variables, as "problem.parameter", on which any of its functions depends."""
+    written: frozenset[str] = field(compare=False)  # a rank may write what another does not
+    """The buffers of its own that its loss writes, as "problem.buffer"."""
 
 
 def dry_reads(network: Network, problem: Problem, batch: Any, in_place: InPlace | None = None) -> Reads:
@@ -45,16 +48,21 @@ def dry_reads(network: Network, problem: Problem, batch: Any, in_place: InPlace 
     for other in network.problems:
         leaves.update({key: v.requires_grad_() for key, v in network.variables(other).items()})
     accessed: set[str] = set()
+    written: set[str] = set()
+    outside = {} if in_place is not None else _seen_from_outside(network, problem)
 
-    def connections(function: Function) -> tuple[set[str], set[str]]:
+    def connections(function: Function) -> tuple[set[str], frozenset[str]]:
         with torch.enable_grad():
-            value, seen = network.observe(function, leaves)
-            total = _total(value)
-        accessed.update(seen)
+            observed = network.observe(function, leaves)
+            total = _total(observed.value)
+        accessed.update(observed.seen)
+        written.update(key for key in observed.written if key.startswith(f"{name}."))
         if total is None or not total.requires_grad:
-            return set(), seen
-        grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-        return {key for key, g in zip(leaves, grads, strict=True) if g is not None}, seen
+            return set(), observed.seen
+        inputs = [*leaves.values(), *outside.values()]
+        grads = torch.autograd.grad(total, inputs, allow_unused=True)
+        _refuse_outside(name, [key for key, g in zip(outside, grads[len(leaves) :], strict=True) if g is not None])
+        return {key for key, g in zip(leaves, grads, strict=False) if g is not None}, observed.seen
 
     def of_loss(loss: Any) -> set[str]:
         def value(models: Any) -> Tensor:
@@ -62,7 +70,12 @@ def dry_reads(network: Network, problem: Problem, batch: Any, in_place: InPlace 
 
         if in_place is None:
             return connections(value)[0]
-        _, seen, grads = in_place.gradients(lambda: network.observe(value, {}), {}, name)
+
+        def observed() -> tuple[Tensor, frozenset[str]]:
+            found = network.observe(value, {})
+            return found.value, found.seen
+
+        _, seen, grads = in_place.gradients(observed, {}, name)
         accessed.update(seen)
         return set(grads)
 
@@ -81,7 +94,32 @@ def dry_reads(network: Network, problem: Problem, batch: Any, in_place: InPlace 
         started=frozenset(_owners(started) - constants),
         touched_by_start=frozenset(touched),
         keys=frozenset(keys | started),
+        written=frozenset(written),
     )
+
+
+def _seen_from_outside(network: Network, problem: Problem) -> dict[str, nn.Parameter]:
+    """Return the parameters that the problem's functions must read through `models`, and not as tensors of their own.
+
+    Those of a constant may be read from outside, and its own by a problem that is never evaluated at other values.
+    """
+    methods = [p.method for p in network.problems.values() if p.method is not None]
+    stays = problem.method is None and all(isinstance(method, ResponseMethod) for method in methods)
+    names = [other for other, p in network.problems.items() if not p.detach and not (stays and other == problem.name)]
+    found: dict[str, nn.Parameter] = {}
+    for other in names:
+        found.update(network.parameters(other))
+    return found
+
+
+def _refuse_outside(name: str, keys: Sequence[str]) -> None:
+    if keys:
+        owner, key = keys[0].split(".", 1)
+        raise ValueError(
+            f"problem {name!r}: its loss, start or hyper reads the parameter {key!r} of problem {owner!r} as a tensor "
+            f"from outside, where no other value can be put in its place. Read it through the argument, as "
+            f"models.{owner}.{key}, or models.{owner}.parameters() for all."
+        )
 
 
 def _owners(keys: set[str]) -> set[str]:

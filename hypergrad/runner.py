@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -52,6 +52,30 @@ pytree.register_pytree_node(
 )
 
 
+@dataclass(frozen=True)
+class Beginning:
+    """What `start` met when it was called, so that the window can be begun there again."""
+
+    random: RandomState | None
+    """The generators, to be replayed; None if it drew nothing."""
+    constants: Params
+    """The variables that it read and that move on before the run is differentiated, the problem's own included."""
+
+
+@dataclass(frozen=True)
+class StartAgain:
+    """Where a window began, as a function of the problems above: the same draws and constants as then."""
+
+    runner: Runner
+    beginning: Beginning
+
+    def __call__(self, upper: Params) -> Params:
+        """Return the parameters at which the window would have begun."""
+        with replaying(self.beginning.random):
+            values = self.runner.start_values(self.beginning.constants | upper)
+        return {key: v for key, v in values.items() if key in self.runner.used}
+
+
 class Runner:
     """One problem at run time."""
 
@@ -76,9 +100,8 @@ class Runner:
         self.window_size = 0
         self.index = 0
         """Which own step of the window is being taken."""
-        self.began_at_start = False
-        self.start_random: RandomState | None = None
-        """The generators as `start` met them, to be replayed; None if it drew nothing."""
+        self.beginning: Beginning | None = None
+        """What `start` met when the window began there; None where it began elsewhere."""
         self.variables = problem.variables()
         self.whole = Layout.of(held_params(self.variables), what=f"the variables of problem {self.name!r}")
         self.stepper = Stepper(problem)
@@ -99,7 +122,7 @@ class Runner:
 
     def prepare(self) -> None:
         """Build what depends on the graph: layout, loss and recording."""
-        used = self.graph.used(self.name)
+        used = self.graph.used(self.name) if self.problem.tasks is None else set(self.variables)
         self.used = {key: p for key, p in self.variables.items() if key in used}
         self.unused = {key: p for key, p in self.variables.items() if key not in used}
         self.nested = self.graph.below(self.name)
@@ -292,8 +315,10 @@ class Runner:
     def begin_window(self) -> None:
         """End the last window, forget it and begin anew where asked."""
         self.end_window()
+        if self.in_place is None:
+            self.network.check_present(self.name)
         self.window, self.window_size, self.fresh = [], 0, []
-        self.began_at_start = False
+        self.beginning = None
         self.batches.clear()
         if self.problem.restarts or (self.problem.start is not None and self.num_steps == 0):
             self.restart()
@@ -312,13 +337,15 @@ class Runner:
         restore(self.problem, self.initial)
         if self.problem.start is None:
             return
+        touched = self.graph.reads[self.name].touched_by_start
+        constants = self._constants(touched & {self.name, *self.moving})
         drawn = random_state(self.whole.device)
         with torch.no_grad():
             begun = self.start_values({})
-            self.start_random = None if same_state(drawn, random_state(self.whole.device)) else drawn
+            unmoved = same_state(drawn, random_state(self.whole.device))
             for key, parameter in self.variables.items():
                 held(parameter).copy_(begun[key])
-        self.began_at_start = True
+        self.beginning = Beginning(None if unmoved else drawn, constants)
 
     def start_values(self, upper: Params) -> Params:
         """Return the parameters at which the problem begins, as a function of `upper`."""
@@ -371,10 +398,18 @@ class Runner:
 
     def surrounded(self, batch: Any, records: Mapping[str, Trajectory]) -> Any:
         """Return the batch with what else its step saw; the batch itself where nothing can change behind it."""
-        constants: Params = {}
-        for other in self.moving:
-            constants.update(self.network.kept_variables(other))
+        constants = self._constants(self.moving)
+        written = self.graph.reads[self.name].written
+        if written and self.in_place is None:  # read back in the next step, perhaps: a counter, a queue
+            constants = constants | self.network.buffers(written)
         return Surrounded(batch, records, constants) if records or constants else batch
+
+    def _constants(self, names: Iterable[str]) -> Params:
+        """Return the present variables of these problems, to stay when they move on."""
+        constants: Params = {}
+        for name in names:
+            constants.update(self.network.kept_variables(name))
+        return constants
 
     def forget_options(self) -> None:
         """Read the optimizer's options anew before the next step."""
@@ -386,7 +421,8 @@ class Runner:
         if self._kept is not None and self._kept[0] == options:
             return self._kept[1]
         recipe = self.recipe(self.bind())
-        volatile = any(isinstance(v, Tensor) for group in options for v in group.values())
+        moves = bool(self.problem.hyper and self.moving)
+        volatile = moves or any(isinstance(v, Tensor) for group in options for v in group.values())
         self._kept = None if volatile else (options, recipe)
         return recipe
 
@@ -415,8 +451,8 @@ class Runner:
                 outcome = mean(
                     [self._part_partials(part, leaves) for part in self._parts(batch, self.problem.micro_batches)]
                 )
-        unseen = self.response is not None  # it may draw where the loss did not
-        if step is not None and not unseen and same_state(step.random, random_state(self.layout.device)):
+        may_draw = self.response is not None  # where the loss did not
+        if step is not None and not may_draw and same_state(step.random, random_state(self.layout.device)):
             self.window[-1] = replace(self.window[-1], random=None)  # nothing was drawn, nothing need be replayed
         for name, key in outcome.found:
             if (name, key) in self.watched:
@@ -438,6 +474,8 @@ class Runner:
             signals.agree()
         if taped is not None:
             outcome = self._keep_tape(outcome, taped)
+        elif step is not None:
+            self._check_reached(step, [key for name, key in outcome.found if name == self.name])
         by_problem: dict[str, Params] = {self.name: {}}
         for (name, key), g in outcome.found.items():
             by_problem.setdefault(name, {})[key] = g
@@ -452,18 +490,29 @@ class Runner:
             value, metrics = self._evaluate(part, {})
             scale = None if self.scale is None else self.scale.value
             bar = None if scale is None else torch.full_like(value, scale)
+            self._check_trains(leaves)
             tensors = torch.autograd.grad(value, list(leaves.values()), bar, allow_unused=True)
             given = {key: g for key, g in zip(leaves, tensors, strict=True) if g is not None}
             return Partials(value, metrics, given if scale is None else {key: g / scale for key, g in given.items()})
         value, metrics, grads = self.in_place.gradients(lambda: self._evaluate(part, {}), {}, self.name)
         return Partials(value, metrics, {key: grads[".".join(key)] for key in leaves if ".".join(key) in grads})
 
-    def _evaluate(self, batch: Any, overrides: Params) -> tuple[Tensor, dict[str, Any]]:
+    def _check_trains(self, leaves: Mapping[Leaf, Tensor]) -> None:
+        """Raise a ValueError if a variable has been frozen since the engine was built."""
+        frozen = [f"{name}.{key}" for (name, key), p in leaves.items() if not p.requires_grad]
+        if frozen:
+            raise ValueError(
+                f"problem {self.name!r}: {frozen} do not require gradients any more. What trains is settled when the "
+                "engine is built: build another one, or let the optimizer's learning rate for them be 0."
+            )
+
+    def _evaluate(self, batch: Any, overrides: Params, apart: Collection[str] = ()) -> tuple[Tensor, dict[str, Any]]:
         value, metrics = self.network.call(
             lambda models: loss_value(self.problem.loss, models, batch, self.name),
             overrides,
             reader=self.name,
             owner=self.name,
+            apart=apart,
         )
         if not value.requires_grad:
             raise ValueError(
@@ -485,22 +534,39 @@ class Runner:
         if self.ranks is not None:  # one node for both: a product sends one message for the two of them
             flat, *tensors = self.ranks.share([leaf, *above.values()])
             upper = dict(zip(above, tensors, strict=True))
+        written = self.graph.reads[self.name].written  # by this call, in the module itself
         seen = step.batch.constants if isinstance(step.batch, Surrounded) else {}
-        overrides = seen | own(self.name, self.layout.unravel(flat)) | upper
+        seen = {key: value for key, value in seen.items() if key not in written}
+        lower = self.layout.unravel(flat)
+        overrides = seen | own(self.name, lower) | upper
         scale = None if self.scale is None else self.scale.value
         if scale is not None:
             overrides = entered(overrides, scale)
         with second_order():
-            several = [self._evaluate(part, overrides) for part in self._parts(batch, self.problem.micro_batches)]
+            parts = self._parts(batch, self.problem.micro_batches)
+            several = [self._evaluate(part, overrides, written) for part in parts]
             value = torch.stack([value for value, _ in several]).mean() if len(several) > 1 else several[0][0]
             if scale is not None:
                 value = left(value, scale)
-            inputs = [flat, *self.unused.values()]
-            taped, *late = torch.autograd.grad(value, inputs, create_graph=True, allow_unused=True)
-            taped = torch.zeros_like(flat) if taped is None else taped
+            inputs = {**lower, **self.unused}
+            slopes = torch.autograd.grad(value, list(inputs.values()), create_graph=True, allow_unused=True)
+            found = {key: g for key, g in zip(inputs, slopes, strict=True) if g is not None}
+            if self.ranks is None:  # of these, another may have reached it
+                self._check_reached(step, found)
+            taped = self.layout.ravel({key: found.get(key, torch.zeros_like(w)) for key, w in lower.items()})
         metrics = mean_metrics([metrics for _, metrics in several]) if len(several) > 1 else several[0][1]
-        found = {(self.name, key): g for key, g in zip(self.unused, late, strict=True) if g is not None}
-        return Partials(value, metrics, {(self.name, ""): taped} | found), (leaf, above)
+        late = {(self.name, key): g for key, g in found.items() if key in self.unused}
+        return Partials(value, metrics, {(self.name, ""): taped} | late), (leaf, above)
+
+    def _check_reached(self, step: Step, found: Collection[str]) -> None:
+        """Raise a ValueError if a parameter has no gradient here: the optimizer passes over it, a replay would not."""
+        skipped = [key for key in self.used if key not in found]
+        if skipped and not self.opaque and not step.recipe.rests_without_gradient():
+            raise ValueError(
+                f"problem {self.name!r}: its loss does not depend on its parameters {skipped} on this batch; the "
+                "optimizer passes over them, and the record of the run could not. Let every batch reach all parameters "
+                "that any does, if need be by adding 0.0 * parameter.sum() to the loss."
+            )
 
     def _keep_tape(self, outcome: Partials, leaves: Leaves) -> Partials:
         """Put the taped gradient in `outcome` into the step's record; return its values by parameter instead."""
@@ -545,11 +611,18 @@ class Runner:
         self.num_steps += 1
         self.window_size += 1
 
-    def recipe(self, bound: Bound) -> Recipe:
-        """Return how this problem's steps are taken by `bound`."""
+    def recipe(self, bound: Bound, constants: Params | None = None) -> Recipe:
+        """Return how this problem's steps are taken by `bound`.
+
+        Args:
+            bound: the optimizer.
+            constants: what hyperparameters read of the problems that move on; None for their present variables.
+        """
+        if constants is None:
+            constants = self._constants(self.moving) if self.problem.hyper else {}
 
         def function_of(function: Any) -> Any:
-            return lambda upper: self._call(function, upper)
+            return lambda upper: self._call(function, constants | upper)
 
         return Recipe(
             loss=self.loss,
@@ -593,16 +666,12 @@ class Runner:
             if self.opaque or not window
             else read_state(self.problem.optimizer, window[-1].recipe.optimizer, self.used)
         )
-        return self.record_of(tuple(window), end, states, started=self.began_at_start)
+        return self.record_of(tuple(window), end, states, self.beginning)
 
-    def record_of(self, steps: tuple[Step, ...], end: Tensor, states: States, *, started: bool) -> Trajectory:
-        """Return the record of a window that took `steps` to `end`, and began at the problem's start if `started`."""
-        drawn = self.start_random
-
-        def start(upper: Params) -> Params:
-            with replaying(drawn):
-                return {k: v for k, v in self.start_values(upper).items() if k in self.used}
-
+    def record_of(
+        self, steps: tuple[Step, ...], end: Tensor, states: States, beginning: Beginning | None
+    ) -> Trajectory:
+        """Return the record of a window that took `steps` to `end`; `beginning` is None where no `start` began it."""
         return Trajectory(
             layout=self.layout,
             end_flat=end,
@@ -610,6 +679,6 @@ class Runner:
             loss=self.loss,
             steps=steps,
             end_states=states,
-            start=start if started else None,
+            start=None if beginning is None else StartAgain(self, beginning),
             response=self.response,
         )

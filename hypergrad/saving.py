@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from hypergrad._random import random_state, restore_random_state
-from hypergrad.runner import Runner, Surrounded
+from hypergrad.runner import Beginning, Runner, StartAgain, Surrounded
 from hypergrad.source import load_random, save_random
 from hypergrad.step import Step
 from hypergrad.trajectory import Trajectory
@@ -68,16 +69,22 @@ def save(runner: Runner) -> dict[str, Any]:
         "data": None if runner.source is None else _plain(runner.source.state_dict()),
         "num_steps": runner.num_steps,
         "warm": dict(runner.warm),
-        "initial": runner.initial,
-        "snapshot": runner.snapshot,
-        "window": _saved_window(runner),
+        "initial": _plain(runner.initial),
+        "snapshot": _plain(runner.snapshot),
+        "window": _plain(_saved_window(runner)),
         "loss_scale": None if runner.scale is None else runner.scale.state_dict(),
     }
 
 
 def _plain(state: Any) -> Any:
     """Return `state` with NumPy's numbers as Python's: a schedule may compute with them, a safe reader refuses them."""
-    return pytree.tree_map(lambda entry: entry.item() if isinstance(entry, np.generic) else entry, state)
+
+    def plain(entry: Any) -> Any:
+        if isinstance(entry, Counter):  # the milestones of a MultiStepLR
+            return Counter({plain(key): count for key, count in entry.items()})
+        return entry.item() if isinstance(entry, np.generic) else entry
+
+    return pytree.tree_map(plain, state)
 
 
 def check(runner: Runner, state: Mapping[str, Any]) -> None:
@@ -155,8 +162,7 @@ def _saved_window(runner: Runner) -> dict[str, Any]:
     return {
         "steps": steps,
         "size": runner.window_size,
-        "started": runner.began_at_start,
-        "start_random": save_random(runner.start_random),
+        "beginning": _saved_beginning(runner.beginning),
         "fresh": list(runner.fresh),
     }
 
@@ -182,14 +188,24 @@ def _saved_record(record: Trajectory) -> dict[str, Any]:
         "steps": [_saved_step(step) for step in record.steps],
         "end": record.end_flat,
         "states": record.end_states,
-        "started": record.start is not None,
+        "beginning": _saved_beginning(record.start.beginning if isinstance(record.start, StartAgain) else None),
     }
+
+
+def _saved_beginning(beginning: Beginning | None) -> dict[str, Any] | None:
+    if beginning is None:
+        return None
+    return {"random": save_random(beginning.random), "constants": dict(beginning.constants)}
+
+
+def _loaded_beginning(saved: Mapping[str, Any] | None, device: torch.device) -> Beginning | None:
+    return None if saved is None else Beginning(load_random(saved["random"], device), dict(saved["constants"]))
 
 
 def _load_window(runner: Runner, saved: Mapping[str, Any], runners: Mapping[str, Runner]) -> None:
     runner.forget_options()
-    runner.window_size, runner.began_at_start, runner.fresh = saved["size"], saved["started"], list(saved["fresh"])
-    runner.start_random = load_random(saved["start_random"], runner.layout.device)
+    runner.window_size, runner.fresh = saved["size"], list(saved["fresh"])
+    runner.beginning = _loaded_beginning(saved["beginning"], runner.layout.device)
     runner.window = [_loaded_step(runner, entry, runners) for entry in saved["steps"]]
 
 
@@ -202,10 +218,11 @@ def _loaded_step(runner: Runner, saved: Mapping[str, Any], runners: Mapping[str,
         records = {name: _loaded_record(runners[name], r, runners) for name, r in saved["records"].items()}
         batch = Surrounded(batch, records, saved["constants"])
     random = load_random(saved["random"], runner.layout.device)
-    recipe = runner.recipe(replace(bound, groups=groups))
+    recipe = runner.recipe(replace(bound, groups=groups), saved["constants"] or {})
     return Step(recipe, batch, saved["index"], random, saved["flat"], saved["states"], taken=saved["taken"])
 
 
 def _loaded_record(runner: Runner, saved: Mapping[str, Any], runners: Mapping[str, Runner]) -> Trajectory:
     steps = tuple(_loaded_step(runner, entry, runners) for entry in saved["steps"])
-    return runner.record_of(steps, saved["end"], saved["states"], started=saved["started"])
+    beginning = _loaded_beginning(saved["beginning"], runner.layout.device)
+    return runner.record_of(steps, saved["end"], saved["states"], beginning)

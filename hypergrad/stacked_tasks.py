@@ -178,14 +178,13 @@ def _descend(
     template = {key: p.detach().expand(count, *p.shape) for key, p in used.items()}
 
     def start(u: Params) -> Params:
-        def of_one(constants: Params) -> Params:
+        def of_one(constants: Params, _task: Tensor) -> Params:
             values = member.start_values(u | constants)
             return {key: values[key] for key in used}
 
-        if constants:
-            begun: Params = torch.vmap(of_one)(constants)
-            return begun
-        return {key: value.expand(count, *value.shape) for key, value in of_one({}).items()}
+        tasks, dims = torch.arange(count), (0 if constants else None, 0)
+        begun: Params = torch.vmap(of_one, in_dims=dims, randomness="different")(constants, tasks)
+        return begun
 
     def project(params: Params) -> Params:
         projected: Params = torch.vmap(member.project)(params)

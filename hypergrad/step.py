@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -25,9 +24,11 @@ from hypergrad._tape import (
     second_order,
     vjp,
 )
+from hypergrad._untouched import Buffers, going_on_from
 from hypergrad.averaged import Averaged, PartsTape, average_gradient
 from hypergrad.loss_scale import check_compile
-from hypergrad.optim import Bound, State, clip_norm, clip_value
+from hypergrad.optim import Bound, Optimizer, State, clip_norm, clip_value
+from hypergrad.optim._algebra import is_zero
 
 HyperFunction = Callable[..., Any]
 """A hyperparameter as a function of the upper parameters, and of the step's index if it takes two arguments."""
@@ -54,14 +55,16 @@ class Recipe:
     def hyper_values(self, upper: Params, index: int) -> dict[str, Any]:
         """Return the optimizer's hyperparameters that are functions of `upper`, at step `index` of the run."""
         return {
-            name: function(upper, index) if name in self.hyper_of_steps else function(upper)
+            name: function(upper, index) if takes_step(function) else function(upper)
             for name, function in self.hyper.items()
         }
 
-    @cached_property
-    def hyper_of_steps(self) -> frozenset[str]:
-        """The hyperparameters whose functions are to be given the step's index too."""
-        return frozenset(name for name, function in self.hyper.items() if takes_step(function))
+    def rests_without_gradient(self) -> bool:
+        """Return whether a parameter stays where it is while its gradient is zero: plain gradient descent."""
+        return "weight_decay" not in self.hyper and all(
+            optimizer.is_linear and is_zero(optimizer.decay().coupled) and not keeps_tensors(optimizer)
+            for optimizer, _ in self.optimizer.groups
+        )
 
     def is_linear(self) -> bool:
         """Return whether the step's derivative in parameters, gradient and states needs the value of none of them."""
@@ -102,6 +105,8 @@ class Step:
     leaves: Leaves | None = None
     versions: tuple[int, ...] = ()
     """Those of the upper leaves when the tape was made; they share memory with the caller's tensors."""
+    buffers: Buffers | None = None
+    """What the steps before had left in modules' buffers; None where the batch says it, or nothing is known."""
     taken: bool = True
     """Whether the step was taken; one left out, for its gradient was not finite, changes nothing."""
 
@@ -113,7 +118,7 @@ class Step:
     def gradient(self, flat: Tensor, upper: Params, *, create_graph: bool = False) -> Tensor:
         """Return the gradient of the lower loss at `flat`, with this step's random draws."""
         loss = self.recipe.loss
-        with replaying(self.random):
+        with replaying(self.random), going_on_from(self.buffers):
             if isinstance(loss, Averaged):
                 return average_gradient(loss, self.recipe.layout, flat, upper, self.batch, create_graph=create_graph)
             return gradient(lambda w: self.lower_loss(w, upper), flat, create_graph=create_graph)
@@ -178,7 +183,8 @@ class Step:
         known = [
             torch.zeros_like(x) if p is None else p for x, p in zip(inputs[: 1 + len(tensors)], pulled, strict=False)
         ]
-        return known[0], with_tensors(states, known[1:]), named(leaves, pulled[1 + len(tensors) :])
+        above = named(leaves, pulled[1 + len(tensors) :])  # of a kept tape, perhaps more than is asked for
+        return known[0], with_tensors(states, known[1:]), {name: g for name, g in above.items() if name in upper}
 
     def _pull_in_parts(
         self,
@@ -322,7 +328,7 @@ def take(
     """
     if recording.keeps(step.index, num_steps):
         step = replace(step, flat=flat, states=states)
-    live = replace(step, random=None)
+    live = replace(step, random=None, buffers=None)
     compile = to_compile("Recording", recording.compile)
     if recording.tapes(step.index) and by_autograd():
         point, leaves = leaf(flat), {name: leaf(u) for name, u in upper.items()}
@@ -348,6 +354,11 @@ def versions(params: Params) -> tuple[int, ...]:
 def takes_step(function: HyperFunction) -> bool:
     """Return whether a hyperparameter's function is to be given the step's index as its second argument."""
     return arity(function, 1) == 2 or second_name(function) == "step"
+
+
+def keeps_tensors(optimizer: Optimizer) -> bool:
+    """Return whether the optimizer's state holds more than numbers: momentum, second moments."""
+    return any(isinstance(value, Tensor) for value in optimizer.init(torch.zeros(1)).values())
 
 
 def state_tensors(states: States) -> list[Tensor]:

@@ -113,6 +113,12 @@ def check_hyper(optimizer: torch.optim.Optimizer, values: Mapping[str, Any], nam
             raise ValueError(
                 f"problem {name!r}: hyper[{option!r}] is no option of {type(optimizer).__name__}; it has {known}."
             )
+        if key == option and isinstance(optimizer.param_groups[0][key], (list, tuple)):
+            remedy = "Name 'beta1' and 'beta2' instead, a function each." if key == "betas" else "Leave it out."
+            raise ValueError(
+                f"problem {name!r}: hyper[{option!r}] is a tuple in {type(optimizer).__name__}; only a single number "
+                f"can be replaced. {remedy}"
+            )
         per_group = list(value) if isinstance(value, (list, tuple)) else [value] * len(optimizer.param_groups)
         scalars = all(isinstance(v, (int, float)) or (isinstance(v, Tensor) and v.numel() == 1) for v in per_group)
         if not scalars or len(per_group) != len(optimizer.param_groups):

@@ -12,15 +12,17 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
+from hypergrad._autograd import leaf
 from hypergrad._flat import Layout, Params, as_params, check_params, constant
-from hypergrad._functional import Loss, in_transform
+from hypergrad._functional import Loss, check_signature, in_transform
 from hypergrad._random import RandomState, random_state, replaying, same_state
-from hypergrad._untouched import untouched
+from hypergrad._untouched import buffers_left, untouched
 from hypergrad.fused import fused
 from hypergrad.optim import Bound, Optimizer, bind
-from hypergrad.step import HyperFunction, Recipe, Recording, States, Step, constant_states, take
+from hypergrad.step import HyperFunction, Recipe, Recording, States, Step, constant_states, take, takes_step
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer as TorchOptimizer
@@ -45,7 +47,8 @@ class Trajectory:
         start: the function of `upper` at which the run began, or None where it began at constants.
         response: a loss used instead of `loss` in the implicit system, or None.
         upper_layout: names and shapes of the upper parameters of the run, None where it came from elsewhere.
-        batch, random: the batch and the random draws of a solution that came from elsewhere.
+        batch: the batch of a solution that came from elsewhere.
+        random: the generators as that solution's loss, or the start of a run, met them; None for a start without draws.
     """
 
     layout: Layout
@@ -222,18 +225,21 @@ def descend(
         drawn = random_state(layout.device)
         flat = constant(layout.record(initial if start is None else _started(start, constants, initial)))
         random = random_state(layout.device)
-        if start is not None and not same_state(drawn, random):
+        if start is None or same_state(drawn, random):
+            drawn = None
+        else:
             start = partial(_started_again, start, drawn)
         states = bound_optimizer.init(flat) if state is None else _continued(state, bound_optimizer, flat)
         if in_transform():  # even zeros belong to the innermost transform, which may end before they are read
             states = constant_states(states)
         whole = fused(recipe, states, constants, recording.compile) if recording.taped_from is None else None
         advance = None if whole is None else whole.advance
+        responds_at_random = response is not None and _draws(response, layout, flat, constants, batches[-1])
         for index, batch in enumerate(batches):
-            step = Step(recipe, batch, index, random)
+            step = Step(recipe, batch, index, random, buffers=buffers_left())
             step, flat, states = take(step, flat, states, constants, recording, len(batches), advance)
             random = random_state(layout.device)
-            drew = response is not None or not same_state(step.random, random)  # a response may, where the loss did not
+            drew = responds_at_random or not same_state(step.random, random)
             steps.append(step if drew else replace(step, random=None))
     return Trajectory(
         layout=layout,
@@ -245,6 +251,7 @@ def descend(
         start=start,
         response=response,
         upper_layout=Layout.of(constants, what="upper"),
+        random=drawn,
     )
 
 
@@ -326,12 +333,18 @@ def _as_list(batches: Iterable[Any]) -> list[Any]:
     return listed
 
 
+_ARGUMENTS = {"project": "lower", **dict.fromkeys(("lower_loss", "response", "F"), "lower, upper, batch")}
+"""What `descend`'s functions are called with; the others are functions of `upper`."""
+
+
 def _check_functions(**functions: Any) -> None:
     """Raise a ValueError that names the first argument that is neither a function nor absent."""
     for name, function in functions.items():
         absent = function is None and name not in ("lower_loss", "F")
         if not callable(function) and not absent:
             raise ValueError(f"{name} must be a function, got {type(function).__name__}.")
+        if callable(function) and not torch.compiler.is_compiling():
+            check_signature(function, _ARGUMENTS.get(name, "upper, step" if takes_step(function) else "upper"), name)
 
 
 def _continued(state: Any, optimizer: Bound, flat: Tensor) -> States:
@@ -359,6 +372,14 @@ def _started(start: Callable[[Params], Params], upper: Params, template: Params)
     begun = start(upper)
     Layout.of(template).check_like(begun, "the result of start")
     return as_params(begun)
+
+
+def _draws(loss: Loss, layout: Layout, flat: Tensor, upper: Params, batch: Any) -> bool:
+    """Return whether `loss` draws random numbers; the generators go on from where they were."""
+    before = random_state(layout.device)
+    with replaying(before), torch.enable_grad():
+        loss(layout.unravel(leaf(flat)), upper, batch)
+        return not same_state(before, random_state(layout.device))
 
 
 def _started_again(start: Callable[[Params], Params], drawn: RandomState | None, upper: Params) -> Params:

@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hypergrad._random import RandomState
-from hypergrad.runner import Runner
+from hypergrad.runner import Beginning, Runner
 from hypergrad.snapshot import restore, snapshot
 from hypergrad.step import Step
 
@@ -42,8 +41,7 @@ class Window:
     steps: list[Step]
     size: int
     num_steps: int
-    started: bool
-    start_random: RandomState | None
+    beginning: Beginning | None
     fresh: list[Any]
     warm: dict[str, Tensor]
     snapshot: dict[str, Any] | None
@@ -55,8 +53,7 @@ class Window:
             list(runner.window),
             runner.window_size,
             runner.num_steps,
-            runner.began_at_start,
-            runner.start_random,
+            runner.beginning,
             list(runner.fresh),
             dict(runner.warm),
             runner.snapshot,
@@ -65,5 +62,5 @@ class Window:
     def restore(self, runner: Runner) -> None:
         """Put the problem's window back."""
         runner.window, runner.window_size, runner.num_steps = list(self.steps), self.size, self.num_steps
-        runner.began_at_start, runner.fresh, runner.warm = self.started, list(self.fresh), dict(self.warm)
-        runner.snapshot, runner.start_random = self.snapshot, self.start_random
+        runner.beginning, runner.fresh, runner.warm = self.beginning, list(self.fresh), dict(self.warm)
+        runner.snapshot = self.snapshot

@@ -47,6 +47,7 @@ LAYERS: dict[str, float] = {
     "trajectory": 3.5,
     "stationarity": 3.6,
     "product_check": 3.7,
+    "replay_check": 3.7,
     "methods": 4,
     "problem": 5,
     "network": 5.3,

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from hypergrad._flat import Params
-from hypergrad._random import random_state
+from hypergrad._random import RandomState, random_state, replaying
 from hypergrad._untouched import untouched
 from hypergrad.engine import Engine
 from hypergrad.methods import ResponseMethod, best_response
@@ -114,6 +114,7 @@ def _run(engine: Engine, name: str, upper: Params) -> tuple[Trajectory, bool]:
         bound, ran = runner.bind(opaque=False), True
     except ValueError:
         bound, ran = runner.bind(opaque=True), False
+    drawn = random_state(bound.layout.device)
     flat, states = _begin(runner, bound, upper, ran=ran)
     recipe = runner.recipe(bound)
     batches = _window(engine, runner) if ran else _window(engine, runner)[-1:]
@@ -133,7 +134,7 @@ def _run(engine: Engine, name: str, upper: Params) -> tuple[Trajectory, bool]:
         loss=runner.loss,
         steps=tuple(steps),
         end_states=states if ran else (),
-        start=_start(runner) if begins else None,
+        start=_start(runner, drawn) if begins else None,
         response=runner.response,
     )
     return trajectory, ran
@@ -147,7 +148,7 @@ def _begin(runner: Runner, bound: Bound, upper: Params, *, ran: bool) -> tuple[T
         flat = bound.layout.ravel({key: p.detach() for key, p in runner.used.items()})
         return flat, read_state(problem.optimizer, bound, runner.used) if ran else ()
     if problem.start is not None:
-        params = {key: v.detach() for key, v in _start(runner)(upper).items()}
+        params = {key: v.detach() for key, v in _start(runner, None)(upper).items()}
     elif runner.initial is not None:
         params = {key: runner.initial["parameters"][key] for key in runner.used}
     else:
@@ -156,8 +157,14 @@ def _begin(runner: Runner, bound: Bound, upper: Params, *, ran: bool) -> tuple[T
     return flat, bound.fresh(flat)
 
 
-def _start(runner: Runner) -> Callable[[Params], Params]:
-    return lambda upper: {key: v for key, v in runner.start_values(upper).items() if key in runner.used}
+def _start(runner: Runner, drawn: RandomState | None) -> Callable[[Params], Params]:
+    """Return where the problem begins as a function of `upper`, with the random draws that follow `drawn`."""
+
+    def start(upper: Params) -> Params:
+        with replaying(drawn):
+            return {key: v for key, v in runner.start_values(upper).items() if key in runner.used}
+
+    return start
 
 
 def _above(engine: Engine, name: str, values: Params) -> Params:

@@ -68,7 +68,7 @@ def check_fixed_point(
             "of the lower level, so its derivative here would be zero. Use hg.Unrolled or hg.ForwardUnrolled."
         )
     apart = recipe.optimizer.decay(recipe.hyper_values(upper, last.index)).decoupled
-    is_decoupled = recipe.optimizer.is_decoupled() or isinstance(apart, Tensor) or apart != 0
+    is_decoupled = isinstance(apart, Tensor) or apart != 0
     moved = is_decoupled and "weight_decay" in recipe.hyper
     if moved and _depends_on_upper(recipe.hyper_values, ["weight_decay"], upper, last.index):
         raise ValueError(

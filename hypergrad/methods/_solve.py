@@ -15,9 +15,27 @@ from hypergrad._functional import in_transform
 from hypergrad._result import Result, SolveError
 from hypergrad._tape import vjp
 from hypergrad.operators import Operator, Transposed
-from hypergrad.solvers import Solver
+from hypergrad.solvers import Solution, Solver
 
 OperatorAt = Callable[[Tensor, Params], Operator]
+
+
+def solve(solver: Solver, operator: Operator, b: Tensor, x0: Tensor | None = None) -> Solution:
+    """Return what `solver.solve` does.
+
+    Raises:
+        ValueError: if that is no `Solution` of the shape of `b`; the message names the solver.
+    """
+    solution: Any = solver.solve(operator, b, x0=x0)
+    owner = type(solver).__name__
+    if not isinstance(solution, Solution):
+        raise ValueError(
+            f"{owner}.solve must return an hg.Solution(x, result, num_steps, num_products, residual_norm), got "
+            f"{type(solution).__name__}."
+        )
+    if solution.x.shape != b.shape:
+        raise ValueError(f"{owner}.solve returned x of shape {tuple(solution.x.shape)}; b has {tuple(b.shape)}.")
+    return solution
 
 
 def differentiable_solve(solver: Solver, operator_at: OperatorAt, lower: Tensor, upper: Params, b: Tensor) -> Tensor:
@@ -80,7 +98,7 @@ class _Solve(torch.autograd.Function):
     @staticmethod
     def forward(problem: _Problem, b: Tensor, lower: Tensor, *upper: Tensor) -> Tensor:
         operator = problem.operator(lower.detach(), tuple(u.detach() for u in upper))
-        solution = problem.solver.solve(operator, b.detach())
+        solution = solve(problem.solver, operator, b.detach())
         if problem.raises and not in_transform():
             result = Result(int(solution.result))
             if result.is_breakdown:

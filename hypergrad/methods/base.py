@@ -8,7 +8,7 @@ wider `Method` alone: d(upper loss)/d(upper), whole.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -49,6 +49,34 @@ class Total(Pulled):
     """What a method returns for a whole upper loss: `grad` holds the direct term too."""
 
     value: Tensor = field(default_factory=lambda: torch.zeros(()))
+
+
+def check_pulled(method: Method, pulled: object, upper: Mapping[str, Tensor], kind: type[Pulled] = Pulled) -> None:
+    """Raise a ValueError that names what of `pulled`, which a rule of `method` returned, does not fit `upper`."""
+    owner = type(method).__name__
+    rule, expected = ("total", "hypergrad.methods.Total") if kind is Total else ("vjp", "hypergrad.Pulled")
+    if not isinstance(pulled, kind):
+        raise ValueError(f"{owner}.{rule} must return a {expected}(grad, ...), got {type(pulled).__name__}.")
+    check_cotangents(method, pulled.grad, upper, rule)
+
+
+def check_cotangents(method: Method, grad: object, upper: Mapping[str, Tensor], rule: str) -> None:
+    """Raise a ValueError that names the entry of `grad`, returned by `method`, that is none of `upper`'s."""
+    owner = type(method).__name__
+    if not isinstance(grad, Mapping):
+        raise ValueError(f"{owner}.{rule} must return its gradients as a dict by name, got {type(grad).__name__}.")
+    for name, g in grad.items():
+        if name not in upper:
+            raise ValueError(
+                f"{owner}.{rule} returned a gradient for {name!r}, which is none of upper={list(upper)}. Return them "
+                "by the names in `upper`; one left out counts as zero."
+            )
+        if not isinstance(g, Tensor) or g.shape != upper[name].shape:
+            found = f"shape {tuple(g.shape)}" if isinstance(g, Tensor) else type(g).__name__
+            raise ValueError(
+                f"{owner}.{rule} returned a gradient for {name!r} of {found}; expected a Tensor of the shape of "
+                f"upper[{name!r}], {tuple(upper[name].shape)}."
+            )
 
 
 class Method(ABC):
@@ -133,6 +161,7 @@ class ResponseMethod(Method):
         """Return the direct derivative of the upper loss plus the rule's pullback of its lower one."""
         value, cotangent, direct = partials(upper_loss, trajectory, upper, batch)
         pulled = self.vjp(trajectory, upper, cotangent, state)
+        check_pulled(self, pulled, upper)
         if not direct and not pulled.grad:
             raise ValueError(
                 f"nothing depends on upper={list(upper)}: neither the upper loss nor the lower level reads it. "

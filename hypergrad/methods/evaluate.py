@@ -12,12 +12,20 @@ from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.utils import _pytree as pytree
 
 from hypergrad._flat import Params, as_params, check_params
-from hypergrad._functional import in_transform
+from hypergrad._functional import check_signature, in_transform
 from hypergrad._result import Result, SolveError, Stats
 from hypergrad._tape import vjp
 from hypergrad._untouched import untouched
 from hypergrad.methods._solve import breakdowns_raise
-from hypergrad.methods.base import Method, ResponseMethod, UpperLoss, finite_code
+from hypergrad.methods.base import (
+    Method,
+    ResponseMethod,
+    Total,
+    UpperLoss,
+    check_cotangents,
+    check_pulled,
+    finite_code,
+)
 from hypergrad.trajectory import Trajectory
 
 
@@ -101,6 +109,7 @@ def hypergradient(
     method.check_functional()
     if not callable(upper_loss):
         raise ValueError(f"upper_loss must be a function (lower, upper, batch) -> scalar, got {upper_loss!r}.")
+    check_signature(upper_loss, "lower, upper, batch", "upper_loss")
     if throw and in_transform():
         raise ValueError(
             "throw=True reads the solve's result back, which is not possible inside torch.func transforms or "
@@ -108,6 +117,7 @@ def hypergradient(
         )
     with untouched(traj.layout.device):
         total = method.total(upper_loss, traj, as_params(upper), batch, state)
+    check_pulled(method, total, upper, Total)
     grad = {name: total.grad[name] if name in total.grad else torch.zeros_like(u) for name, u in upper.items()}
     code = finite_code(total.result, total.value, grad)
     return Hypergradient(grad, total.value, total.stats, read(code) if throw else code, total.state)
@@ -152,6 +162,7 @@ def best_response(traj: Trajectory, upper: Mapping[str, Tensor], *, method: Meth
         if method.differentiable and (in_transform() or torch.is_grad_enabled()):
             with breakdowns_raise(throw):
                 pulled = method.differentiable_vjp(traj, end, params, cotangent)
+            check_cotangents(method, pulled, params, "differentiable_vjp")
         elif in_transform() or torch.is_grad_enabled():
             return list(_Once.apply(once, cotangent, *tensors))  # type: ignore[no-untyped-call]
         else:
@@ -162,6 +173,7 @@ def best_response(traj: Trajectory, upper: Mapping[str, Tensor], *, method: Meth
         params = as_params(dict(zip(names, tensors, strict=True)))
         with untouched(traj.layout.device):
             outcome = method.vjp(traj, params, cotangent.detach())
+        check_pulled(method, outcome, params)
         if throw and not in_transform():
             read(finite_code(outcome.result, cotangent.detach().sum(), outcome.grad))
         return [outcome.grad[name] if name in outcome.grad else torch.zeros_like(params[name]) for name in names]
@@ -275,10 +287,11 @@ def check_arguments(traj: object, upper: Mapping[str, Tensor], method: object) -
         )
         raise ValueError(f"method must be a hypergradient method, got {method!r}.{hint}")
     check_params(upper, "upper")
-    if torch.compiler.is_compiling() and any(step.random is not None for step in traj.steps):
+    drew = traj.steps and (traj.random is not None or any(step.random is not None for step in traj.steps))
+    if drew and torch.compiler.is_compiling():
         raise ValueError(
             "the lower run drew random numbers (dropout, for instance), which a compiled region cannot draw again. "
-            "Make the run inside the compiled function, or call this outside of it."
+            "Call this, and the run, outside of it, or let the random numbers come with the batch."
         )
     made_with = traj.upper_layout
     if made_with is not None:

@@ -15,7 +15,7 @@ from hypergrad._flat import Params
 from hypergrad._functional import in_transform
 from hypergrad._result import Stats
 from hypergrad.methods._refusals import check_fixed_point, check_initial, check_number, check_option, check_start
-from hypergrad.methods._solve import differentiable_solve
+from hypergrad.methods._solve import differentiable_solve, solve
 from hypergrad.methods.base import Pulled, ResponseMethod
 from hypergrad.operators import Damped
 from hypergrad.solvers import CG, SecondMoment, Solver
@@ -198,7 +198,7 @@ class Implicit(ResponseMethod):
                 warm = self.warm_start
                 solution, kept = solve_recycling(self.solver, operator, v, state, self.recycle, warm_start=warm)
             else:
-                solution = self.solver.solve(operator, v, x0=state)
+                solution = solve(self.solver, operator, v, state)
                 kept = solution.x
         grad = {name: -g for name, g in lin.mixed(solution.x).items()}
         check_start(self, trajectory, upper, grad)

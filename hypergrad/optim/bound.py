@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hypergrad._flat import Layout
-from hypergrad.optim._algebra import Scalar, is_zero
+from hypergrad.optim._algebra import Scalar
 from hypergrad.optim.base import Decay, Optimizer, State, learning_rate
 
 SECOND_MOMENTS = ("exp_avg_sq", "square_avg", "sum")
@@ -110,10 +110,6 @@ class Bound:
         """Return +1.0 if the loss is minimised, -1.0 if maximised; a flat vector where groups differ."""
         return self._spread([-1.0 if optimizer.maximize else 1.0 for optimizer, _ in self.groups])
 
-    def is_decoupled(self) -> bool:
-        """Return whether some group decays its weights outside the gradient, as AdamW does."""
-        return any(not is_zero(optimizer.decay().decoupled) for optimizer, _ in self.groups)
-
     def learning_rate(self, states: tuple[State, ...], hyper: BoundHyper | None = None) -> Scalar:
         """Return the learning rate of the step that begins at `states`; a flat vector where groups differ."""
         return self._spread(
@@ -188,7 +184,7 @@ class Bound:
             raise ValueError(
                 f"hyper[{name!r}] has {len(value)} values for {len(self.groups)} parameter groups; give one a group."
             )
-        return value
+        return [v.to(self.layout.dtype) if isinstance(v, Tensor) and v.dim() else v for v in value]
 
     def _expand(self, value: Scalar, shape: torch.Size) -> Tensor:
         """Return `value` as a vector with one entry for each scalar of a parameter of this shape."""

@@ -369,7 +369,8 @@ def _reader(optimizer: torch.optim.Optimizer) -> _Reader:
         f"{kind.__module__}.{kind.__qualname__} cannot be differentiated: its step is none of torch.optim's "
         f"{', '.join(base.__name__ for base in _READERS)}. Use one of these, write it as a "
         "hypergrad.optim.Optimizer, or choose a method that does not differentiate the optimizer, "
-        "e.g. Implicit, which takes any."
+        "e.g. Implicit, which takes any; OneStep, FiniteDifference and other methods with a step_size take any too, "
+        "once step_size= is given."
     )
 
 

@@ -53,6 +53,71 @@ def test_a_parameter_first_reached_on_a_later_batch_is_refused(method: hg.Method
         engine.step()
 
 
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_a_parameter_first_reached_on_a_later_batch_of_tasks_is_differentiated(chunk: int) -> None:
+    net, up = Heads(), Number(1.0)
+    lower = hg.Problem(
+        "net",
+        module=net,
+        data=[(torch.zeros(2, 1), 0), (torch.zeros(2, 1), 1)],
+        steps=2,
+        tasks=2,
+        chunk=chunk,
+        optimizer=sgd(net, 0.5),
+        method=hg.Unrolled(),
+        loss=lambda m, batch: 0.5 * ((m.net.h[batch[1]] - m.up.v) ** 2).sum(),
+    )
+    upper = hg.Problem(
+        "up",
+        module=up,
+        data=[torch.zeros(2, 1)],
+        optimizer=sgd(up, 0.0),
+        loss=lambda m, _: m.net.h[1].sum() + 0.05 * (m.up.v**2).sum(),
+    )
+    hg.Engine([lower, upper]).step()
+    assert float(up.v.grad) == pytest.approx(0.6)
+
+
+def skipping(method: hg.Method, optimizer: Any) -> tuple[hg.Engine, Number]:
+    """Return two heads, both on the first batch and the first alone on the second; the top reads the second head."""
+    net, up = Heads(), Number(1.0)
+    lower = hg.Problem(
+        "net",
+        module=net,
+        data=[2, 1],
+        steps=2,
+        optimizer=optimizer(net.parameters()),
+        method=method,
+        loss=lambda m, count: sum(0.5 * ((h - m.up.v) ** 2).sum() for h in list(m.net.h)[:count]),
+    )
+    upper = hg.Problem("up", module=up, data=[None], optimizer=sgd(up, 0.0), loss=lambda m, _: m.net.h[1].sum())
+    return hg.Engine([lower, upper]), up
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda params: torch.optim.SGD(params, lr=0.5, momentum=0.9),
+        lambda params: torch.optim.SGD(params, lr=0.5, weight_decay=0.1),
+        lambda params: torch.optim.Adam(params, lr=0.1),
+    ],
+)
+@pytest.mark.parametrize("method", [*METHODS, hg.ForwardUnrolled()])
+def test_a_parameter_that_the_optimizer_would_pass_over_is_refused(method: hg.Method, optimizer: Any) -> None:
+    engine, _ = skipping(method, optimizer)
+    with pytest.raises(
+        ValueError, match=r"problem 'net': .* does not depend on its parameters \['h.1'\] on this batch"
+    ):
+        engine.step()
+
+
+@pytest.mark.parametrize("method", [*METHODS, hg.ForwardUnrolled()])
+def test_gradient_descent_leaves_a_parameter_that_is_passed_over(method: hg.Method) -> None:
+    engine, up = skipping(method, lambda params: torch.optim.SGD(params, lr=0.5))
+    engine.step()
+    assert float(up.v.grad) == pytest.approx(0.5)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_parameter_named_on_every_batch_is_differentiated_through(method: hg.Method) -> None:
     engine, up = heads(
@@ -115,21 +180,31 @@ def test_a_parameter_returned_as_a_metric_is_recorded_as_it_was() -> None:
     assert hg.Engine([problem]).run(3)["w.value"] == [1.0, 0.5, 0.25]
 
 
-def test_a_schedule_of_numpy_numbers_can_be_resumed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("after", ["continue", "restart", "rollback"])
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda e: 0.5 * (1 + np.cos(np.pi * e / 10))),
+        lambda o: torch.optim.lr_scheduler.MultiStepLR(o, milestones=np.array([2, 4])),
+    ],
+)
+def test_a_schedule_of_numpy_numbers_can_be_resumed(schedule: Any, after: Any, tmp_path: Path) -> None:
     def run(num_steps: int) -> hg.History:
-        w = Number()
+        w, up = Number(), Number(2.0)
         optimizer = sgd(w, 0.1)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda e: 0.5 * (1 + np.cos(np.pi * e / 10)))
-        problem = hg.Problem(
+        lower = hg.Problem(
             "w",
             module=w,
             data=[None],
             optimizer=optimizer,
-            scheduler=schedule,
-            loss=lambda m, _: ((m.w.v - 1) ** 2).sum(),
+            scheduler=schedule(optimizer),
+            method=hg.Unrolled(),
+            after=after,
+            loss=lambda m, _: ((m.w.v - m.up.v) ** 2).sum(),
         )
+        upper = hg.Problem("up", module=up, data=[None], optimizer=sgd(up, 0.1), loss=lambda m, _: (m.w.v**2).sum())
         folder = tmp_path / "run"
-        return hg.Engine([problem]).run(num_steps, callbacks=[hg.callbacks.Checkpoint(folder)], resume=folder)
+        return hg.Engine([lower, upper]).run(num_steps, callbacks=[hg.callbacks.Checkpoint(folder)], resume=folder)
 
     run(2)
     assert len(run(4)) == 2
@@ -160,43 +235,6 @@ def test_a_constant_that_moves_is_seen_as_it_was_with_any_optimizer(fused: bool)
     for _ in range(2):
         engine.step()
     assert float(up.v.grad) == pytest.approx(1.98807, abs=1e-4)
-
-
-def test_draws_of_a_start_are_those_of_the_run() -> None:
-    """w_0 = s e and one step halves it, so that ds of w^2 is 2 / s times it."""
-    torch.manual_seed(0)
-    w, scale = Number(), Number(1.0)
-    lower = hg.Problem(
-        "w",
-        module=w,
-        data=[None],
-        optimizer=sgd(w, 0.25),
-        method=hg.Unrolled(),
-        start=lambda m: {"v": m.scale.v * torch.randn(1)},
-        loss=lambda m, _: (m.w.v**2).sum(),
-    )
-    upper = hg.Problem(
-        "scale", module=scale, data=[None], optimizer=sgd(scale, 0.0), loss=lambda m, _: (m.w.v**2).sum()
-    )
-    record = hg.Engine([lower, upper]).step()
-    assert float(scale.v.grad) == pytest.approx(2 * record["scale.loss"])
-
-
-def test_the_first_window_is_rolled_back_to_its_start() -> None:
-    w, up = Number(), Number(3.0)
-    lower = hg.Problem(
-        "w",
-        module=w,
-        data=[None],
-        optimizer=sgd(w, 0.25),
-        method=hg.Unrolled(),
-        after="rollback",
-        start=lambda m: {"v": m.up.v},
-        loss=lambda m, _: (m.w.v**2).sum(),
-    )
-    upper = hg.Problem("up", module=up, data=[None], optimizer=sgd(up, 0.0), loss=lambda m, _: m.w.v.sum())
-    hg.Engine([lower, upper]).step()
-    assert w.v.item() == 3.0
 
 
 def test_building_an_engine_leaves_the_generators_alone() -> None:

@@ -116,7 +116,6 @@ def test_decay_and_sign_are_floats_where_groups_agree_and_vectors_where_not() ->
     assert signs.tolist() == [1.0] * 4 + [-1.0] * 3
     torch.testing.assert_close(decay.coupled, torch.tensor([0.3] * 4 + [0.0] * 3))
     torch.testing.assert_close(decay.decoupled, torch.tensor([0.0] * 4 + [0.2] * 3))
-    assert mixed.is_decoupled() and not two_groups().is_decoupled()
 
 
 def test_decay_takes_hyperparameters_and_keeps_their_gradient() -> None:
