@@ -309,3 +309,13 @@ def test_a_function_of_descend_of_other_arguments_is_named(options: Any, message
     given = {"lower_loss": lower_loss, **options}
     with pytest.raises(ValueError, match=message):
         hg.descend(given.pop("lower_loss"), W, U, optimizer=SGD, batches=[None], **given)
+
+
+def test_a_derivative_of_a_hypergradient_is_not_zero_without_a_word() -> None:
+    run = hg.descend(lower_loss, W, U, optimizer=SGD, batches=[None])
+
+    def value(u: Any) -> Any:
+        return hg.hypergradient(lower_loss, run, u, method=hg.Unrolled(), throw=False).value
+
+    with pytest.raises(ValueError, match=r"is constant: the derivative would be zero.*best_response"):
+        torch.func.grad(value)(U)

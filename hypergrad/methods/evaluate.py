@@ -75,7 +75,8 @@ def hypergradient(
     .. math:: \frac{d}{du} f(w^*(u), u) = \partial_u f + \Big(\frac{dw^*}{du}\Big)^T \partial_w f
 
     with upper loss f, upper parameters u and lower solution w*. The direct term costs one gradient of the upper loss;
-    what the second one costs, and where it is biased, is the method's choice.
+    what the second one costs, and where it is biased, is the method's choice. What is returned is constant; for its
+    derivatives, differentiate f at `best_response` twice.
 
     Args:
         upper_loss: pure function (lower, upper, batch) -> scalar.
@@ -110,6 +111,12 @@ def hypergradient(
     if not callable(upper_loss):
         raise ValueError(f"upper_loss must be a function (lower, upper, batch) -> scalar, got {upper_loss!r}.")
     check_signature(upper_loss, "lower, upper, batch", "upper_loss")
+    if not torch.compiler.is_compiling() and any(map(_functorch.is_gradtrackingtensor, upper.values())):
+        raise ValueError(
+            "hypergradient was called inside torch.func.grad, vjp, jvp or a Jacobian over `upper`, and what it returns "
+            "is constant: the derivative would be zero. Differentiate the upper loss at hg.best_response(traj, upper, "
+            "method=...) instead."
+        )
     if throw and in_transform():
         raise ValueError(
             "throw=True reads the solve's result back, which is not possible inside torch.func transforms or "
