@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hypergrad._flat import Params, check_mode
 from hypergrad._random import random_state, restore_random_state
-from hypergrad._shards import held_params
+from hypergrad._shards import held, held_params
 from hypergrad._untouched import untouched
 from hypergrad.averaged import plain
 from hypergrad.composite import Composite
@@ -19,7 +19,6 @@ from hypergrad.methods import Implicit, Method, Reptile
 from hypergrad.methods._refusals import check_fixed_point
 from hypergrad.network import Network
 from hypergrad.problem import Problem, loss_value
-from hypergrad.reads import Reads
 from hypergrad.runner import Runner
 from hypergrad.stationarity import Responding
 from hypergrad.step import Step
@@ -133,11 +132,18 @@ def _check_hooks(runner: Runner) -> None:
                 "would never be called. Use clip_norm, clip_value or project, or a hook of the optimizer."
             )
         responds = method is not None and not isinstance(method, Reptile) and runner.problem.responds
-        if responds and getattr(parameter, "_backward_hooks", None):
+        hooks = getattr(parameter, "_backward_hooks", None) or {}
+        if responds and any(map(partial(_changes, torch.full_like(held(parameter).detach(), 1e3)), hooks.values())):
             raise ValueError(
                 f"problem {name!r}: {key!r} has a hook that changes its gradient, which {type(method).__name__} would "
                 "not differentiate. Change the loss instead: multiply the parameter by its mask, say."
             )
+
+
+def _changes(gradient: Tensor, hook: Callable[[Tensor], Tensor | None]) -> bool:
+    """Return whether `hook` returns another gradient than it is given; one that only looks on does not."""
+    changed = hook(gradient.clone())
+    return changed is not None and not torch.equal(changed, gradient)
 
 
 def goes_back(runner: Runner) -> bool:
@@ -152,7 +158,6 @@ def check_task_buffers(
     reader: Problem,
     first_batch: Callable[[Problem], Any],
     members: Sequence[Runner],
-    reads: Mapping[str, Reads],
 ) -> None:
     """Raise a ValueError if what a task's steps write into buffers is read: all begin with the module's own.
 
@@ -161,18 +166,17 @@ def check_task_buffers(
         reader: the problem that reads the tasks.
         first_batch: returns a problem's first batch.
         members: the problems with tasks that it reads.
-        reads: of all problems.
     """
     for member in members:
         count, left = member.problem.tasks or 1, Params()
         for problem in (member.problem, reader):
-            if not reads[member.name].written:
-                break
             loss = partial(_loss_on, problem, first_task(problem, first_batch(problem), count))
             with untouched(member.layout.device):
                 random = random_state(member.layout.device)
                 before = network.observe(loss, {})
-                left = left or before.written
+                left = left or {key: b for key, b in before.written.items() if key.startswith(f"{member.name}.")}
+                if not left:
+                    break
                 restore_random_state(random)
                 after = network.observe(loss, left)
             if not torch.allclose(before.value, after.value, rtol=1e-4, atol=1e-6, equal_nan=True):

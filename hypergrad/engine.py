@@ -168,7 +168,7 @@ class Engine:
                     f"problem {name!r}: tasks={tasks} do not divide among {self.ranks.size} ranks. Choose a multiple."
                 )
         for name, members in self._members.items():
-            check_task_buffers(self.network, self.runners[name].problem, self._first_batch, members, self.graph.reads)
+            check_task_buffers(self.network, self.runners[name].problem, self._first_batch, members)
         if product_check:
             self._to_replay = {name for name, r in self.runners.items() if self.ranks is None and goes_back(r)}
             for runner in self.runners.values():

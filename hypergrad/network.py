@@ -82,11 +82,19 @@ class _View:
 
 @dataclass(frozen=True)
 class Observed:
-    """What a function of the models did: its value, the problems that it read, the buffers that it wrote, by place."""
+    """What a function of the models did."""
 
     value: Any
     seen: frozenset[str]
+    """The problems that it read."""
     written: Params
+    """The buffers that it wrote, "problem.buffer", as it left them."""
+
+
+def _unwritten(buffer: Tensor, was: Tensor, version: int, value: Tensor) -> bool:
+    if buffer.layout is not torch.strided or was.layout is not torch.strided:  # torch compares no values there
+        return buffer is was and buffer._version == version
+    return buffer.dtype is value.dtype and torch.equal(buffer, value)
 
 
 class Network:
@@ -143,17 +151,19 @@ class Network:
         view = self._view(ReadingModels(self._modules, noted))
 
         def buffers() -> Params:
-            found = ((path, module._buffers.get(key)) for path, (module, key) in view.places.items())
+            found = ((path, m._buffers[key]) for path, (m, key) in view.places.items() if key in m._buffers)
             return {path: buffer for path, buffer in found if buffer is not None}
 
         def watched(models: Any) -> Any:
             noted.clear()  # putting the overrides in place reads everything
-            before = {path: b.detach().clone() for path, b in buffers().items()}
+            before = {path: (b, b._version, b.detach().clone()) for path, b in buffers().items()}
             value = function(models)
             seen.update(noted)
-            for path, b in buffers().items():  # by value: batch norm writes without a mark
-                if path not in before or not torch.equal(b, before[path]):
-                    written[path] = b.detach().clone()
+            after = buffers()  # compared by value: batch norm writes without a mark
+            changed = {path for path, b in after.items() if path not in before or not _unwritten(b, *before[path])}
+            for name, places in view.paths.items():
+                for place in changed.intersection(places):
+                    written[name] = after[place].detach().clone()
             return value
 
         value = _evaluate(view, watched, overrides, None, ())
@@ -199,14 +209,18 @@ class Network:
 
     def buffers(self, names: Iterable[str]) -> Params:
         """Return copies of these buffers, "problem.buffer"."""
-        places = [(name, *self._whole.places[name]) for name in names]
+        places = [(name, *self._place(name)) for name in names]
         return {name: b.detach().clone() for name, module, key in places if (b := module._buffers[key]) is not None}
+
+    def _place(self, name: str) -> tuple[nn.Module, str]:
+        """Return module and key of "problem.name"; of a shared module, wherever it was met first."""
+        return self._whole.places[self._whole.paths[name][0]]
 
     def check_present(self, name: str) -> None:
         """Raise a ValueError if the problem's module holds other parameters than when the engine was built."""
         for path, parameter in self.parameters(name).items():
-            module, key = self._whole.places[path]
-            if module._parameters.get(key) is not parameter:
+            module, key = self._place(path)
+            if key not in module._parameters or module._parameters[key] is not parameter:
                 raise ValueError(
                     f"problem {name!r}: its parameter {path.removeprefix(f'{name}.')!r} has been replaced since the "
                     "engine was built. Change the tensor in place (under torch.no_grad(), with copy_), or build "
@@ -228,6 +242,7 @@ def _evaluate(view: _View, function: Function, overrides: Params, owner: str | N
         for path in view.paths.get(name, ()):
             values[path] = tensor
     clones: dict[int, Tensor] = {}
+    apart = {path for name in apart for path in view.paths.get(name, ())}
     for path, owners in view.buffers:
         if owner is None or owner not in owners or path in apart:
             module, key = view.places[path]
@@ -262,13 +277,17 @@ def _replaced(view: _View, values: Params, apart: Collection[str]) -> Iterator[N
         for path, tensor in values.items():
             module, key = view.places[path]
             kept: dict[str, Any] = module._parameters if key in module._parameters else module._buffers
-            before.append((kept, key, kept.get(key)))
+            before.append((kept, key, kept[key] if key in kept else None))
             kept[key] = tensor
         yield
-        left = [(kept[key], buffer) for path, (kept, key, buffer) in zip(values, before, strict=True) if path in apart]
-        with torch.no_grad():
-            for written, buffer in left:
-                buffer.copy_(written)
+        for index, (path, (kept, key, buffer)) in enumerate(zip(values, tuple(before), strict=True)):
+            if path in apart:
+                written = kept[key]
+                if written is None or written.shape != buffer.shape or written.dtype != buffer.dtype:
+                    before[index] = kept, key, None if written is None else written.detach()  # assigned anew
+                else:
+                    with torch.no_grad():
+                        buffer.copy_(written)
     finally:
         for kept, key, tensor in reversed(before):
             kept[key] = tensor

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hypergrad._flat import Params
+from hypergrad._random import random_state, replaying
 from hypergrad._untouched import untouched
 from hypergrad.in_place import InPlace
 from hypergrad.methods import ResponseMethod
@@ -31,7 +32,7 @@ class Reads:
     keys: frozenset[str]
     """All variables, as "problem.parameter", on which any of its functions depends."""
     written: frozenset[str] = field(compare=False)  # a rank may write what another does not
-    """The buffers of its own that its loss writes, as "problem.buffer"."""
+    """The buffers of its own that its loss writes and reads back in a later call, as "problem.buffer"."""
 
 
 def dry_reads(network: Network, problem: Problem, batch: Any, in_place: InPlace | None = None) -> Reads:
@@ -47,16 +48,23 @@ def dry_reads(network: Network, problem: Problem, batch: Any, in_place: InPlace 
     leaves: Params = {}
     for other in network.problems:
         leaves.update({key: v.requires_grad_() for key, v in network.variables(other).items()})
+    device = next(iter(leaves.values())).device
     accessed: set[str] = set()
     written: set[str] = set()
     outside = {} if in_place is not None else _seen_from_outside(network, problem)
 
     def connections(function: Function) -> tuple[set[str], frozenset[str]]:
         with torch.enable_grad():
+            random = random_state(device)
             observed = network.observe(function, leaves)
             total = _total(observed.value)
         accessed.update(observed.seen)
-        written.update(key for key in observed.written if key.startswith(f"{name}."))
+        own = {key: b for key, b in observed.written.items() if key.startswith(f"{name}.")}
+        if own and isinstance(observed.value, Tensor):
+            with replaying(random), torch.enable_grad():
+                again = network.observe(function, leaves | own).value
+            if not torch.equal(again, observed.value):  # batch norm in train mode reads the batch alone
+                written.update(own)
         if total is None or not total.requires_grad:
             return set(), observed.seen
         inputs = [*leaves.values(), *outside.values()]
@@ -79,7 +87,7 @@ def dry_reads(network: Network, problem: Problem, batch: Any, in_place: InPlace 
         accessed.update(seen)
         return set(grads)
 
-    with untouched(next(iter(leaves.values())).device):
+    with untouched(device):
         keys = of_loss(problem.loss)
         if problem.response is not None:
             keys |= of_loss(problem.response)

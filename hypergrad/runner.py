@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -277,17 +278,20 @@ class Runner:
     def _composite(self, loss: Composite) -> Composite:
         """Return this problem's `Composite` as one over (lower, upper, batch), for Gauss-Newton products."""
 
-        def outputs(lower: Params, upper: Params, batch: Any) -> Tensor:
-            value: Tensor = self._call(lambda models: loss.outputs(models, batch), own(self.name, lower) | upper)
+        def call(function: Callable[[Any, Any], Any], overrides: Params, batch: Any) -> Tensor:
+            if isinstance(batch, Surrounded):
+                overrides, batch = dict(batch.constants) | overrides, batch.batch
+            value: Tensor = self._call(lambda models: function(models, batch), overrides)
             return value
+
+        def outputs(lower: Params, upper: Params, batch: Any) -> Tensor:
+            return call(loss.outputs, own(self.name, lower) | upper, batch)
 
         def criterion(z: Tensor, upper: Params, batch: Any) -> Tensor:
-            value: Tensor = self._call(lambda models: criterion_value(loss, z, models, batch), upper)
-            return value
+            return call(lambda models, part: criterion_value(loss, z, models, part), upper, batch)
 
         def penalty(lower: Params, upper: Params, batch: Any) -> Tensor:
-            value: Tensor = self._call(lambda models: penalty_value(loss, models, batch), own(self.name, lower) | upper)
-            return value
+            return call(partial(penalty_value, loss), own(self.name, lower) | upper, batch)
 
         return Composite(outputs, criterion, None if loss.penalty is None else penalty)
 
@@ -400,7 +404,8 @@ class Runner:
         """Return the batch with what else its step saw; the batch itself where nothing can change behind it."""
         constants = self._constants(self.moving)
         written = self.graph.reads[self.name].written
-        if written and self.in_place is None:  # read back in the next step, perhaps: a counter, a queue
+        replayed = self.recording is None or self.window_size >= self.recording.first
+        if written and self.in_place is None and (replayed or self.window_size == self.problem.steps - 1):
             constants = constants | self.network.buffers(written)
         return Surrounded(batch, records, constants) if records or constants else batch
 
@@ -561,7 +566,7 @@ class Runner:
     def _check_reached(self, step: Step, found: Collection[str]) -> None:
         """Raise a ValueError if a parameter has no gradient here: the optimizer passes over it, a replay would not."""
         skipped = [key for key in self.used if key not in found]
-        if skipped and not self.opaque and not step.recipe.rests_without_gradient():
+        if skipped and self.last is None and not self.opaque and not step.recipe.rests_without_gradient():
             raise ValueError(
                 f"problem {self.name!r}: its loss does not depend on its parameters {skipped} on this batch; the "
                 "optimizer passes over them, and the record of the run could not. Let every batch reach all parameters "

@@ -178,12 +178,14 @@ def _descend(
     template = {key: p.detach().expand(count, *p.shape) for key, p in used.items()}
 
     def start(u: Params) -> Params:
-        def of_one(constants: Params, _task: Tensor) -> Params:
+        def of_one(constants: Params) -> Params:
             values = member.start_values(u | constants)
             return {key: values[key] for key in used}
 
-        tasks, dims = torch.arange(count), (0 if constants else None, 0)
-        begun: Params = torch.vmap(of_one, in_dims=dims, randomness="different")(constants, tasks)
+        if not constants:  # one by one: vmap refuses draws in place where nothing is batched
+            several = [of_one({}) for _ in range(count)]
+            return {key: torch.stack([values[key] for values in several]) for key in used}
+        begun: Params = torch.vmap(of_one, randomness="different")(constants)
         return begun
 
     def project(params: Params) -> Params:

@@ -236,7 +236,8 @@ def descend(
         advance = None if whole is None else whole.advance
         responds_at_random = response is not None and _draws(response, layout, flat, constants, batches[-1])
         for index, batch in enumerate(batches):
-            step = Step(recipe, batch, index, random, buffers=buffers_left())
+            replayed = index >= recording.first or index == len(batches) - 1
+            step = Step(recipe, batch, index, random, buffers=buffers_left() if replayed else None)
             step, flat, states = take(step, flat, states, constants, recording, len(batches), advance)
             random = random_state(layout.device)
             drew = responds_at_random or not same_state(step.random, random)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hypergrad as hg
+from hypergrad.step import Step
 
 STEPS = 4
 THROUGH_STEPS = [hg.Unrolled(), hg.Unrolled(retain=1.0), hg.Unrolled(checkpoint=2), hg.ForwardUnrolled()]
@@ -109,9 +110,51 @@ def test_a_hook_that_moves_the_parameters_is_refused() -> None:
 @pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
 def test_a_hook_on_a_parameter_is_refused(register: str) -> None:
     net = Counting()
-    getattr(net.v, register)(lambda g: None)
+    getattr(net.v, register)(lambda g: 0.5 * g)
     with pytest.raises(ValueError, match=r"problem 'net': 'v' has a hook"):
         counting(hg.Implicit(hg.CG(2)), torch.optim.SGD(net.parameters(), lr=0.1), net)
+
+
+def test_a_hook_that_looks_on_is_called() -> None:
+    net, seen = Counting(), []
+    engine, _ = counting(hg.Unrolled(), torch.optim.SGD(net.parameters(), lr=0.1), net)
+    net.v.register_hook(lambda g: seen.append(g))
+    other, _ = counting(hg.Unrolled(), torch.optim.SGD(net.parameters(), lr=0.1), net)
+    other.step()
+    assert len(seen) > STEPS and engine.num_steps == 0
+
+
+def test_rounding_that_adam_blows_up_is_no_other_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bias before batch norm: its gradient is rounding, and Adam's first step goes by its sign."""
+    torch.manual_seed(0)
+    net, up = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1)), Pair()
+    x, y = torch.randn(16, 6), torch.randn(16, 1)
+    lower = hg.Problem(
+        "net",
+        module=net,
+        data=[(x, y)],
+        steps=2,
+        optimizer=torch.optim.Adam(net.parameters(), lr=0.01),
+        method=hg.Unrolled(),
+        loss=lambda m, batch: F.mse_loss(m.net(batch[0]), batch[1]) * m.up.v.exp().sum(),
+    )
+    upper = hg.Problem(
+        "up",
+        module=up,
+        data=[(x, y)],
+        optimizer=torch.optim.SGD(up.parameters(), lr=0.1),
+        loss=lambda m, batch: F.mse_loss(m.net(batch[0]), batch[1]),
+    )
+    engine = hg.Engine([lower, upper])
+    gradient = Step.gradient
+    noise = torch.Generator().manual_seed(0)
+
+    def noisy(step: Step, flat: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        found = gradient(step, flat, *arguments, **options)
+        return found + 1e-7 * found.abs().max() * torch.randn(found.shape, generator=noise)
+
+    monkeypatch.setattr(Step, "gradient", noisy)
+    engine.step()
 
 
 def test_a_loader_that_refills_its_tensors_is_refused() -> None:
@@ -269,3 +312,74 @@ def test_a_buffer_that_no_call_writes_is_copied_once_in_a_run() -> None:
             batches=[None] * STEPS,
         )
     assert copies.count == 1
+
+
+class Normalized(nn.Module):
+    """Batch norm, a sparse buffer and one assigned anew in another shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm = nn.Linear(4, 2), nn.BatchNorm1d(2)
+        self.register_buffer("mask", torch.eye(4).to_sparse())
+        self.register_buffer("last", torch.zeros(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.norm(self.layer(torch.sparse.mm(self.mask, x.T).T))
+        self.last = found.detach()
+        return found
+
+
+@pytest.mark.parametrize(
+    "method", [*THROUGH_STEPS, hg.Implicit(hg.CG(2), curvature="gauss_newton", damping=1.0)], ids=str
+)
+@pytest.mark.parametrize("shared", [False, True])
+def test_ordinary_modules_with_buffers_are_accepted(method: Any, shared: bool) -> None:
+    """`shared` puts a part of the lower module above it as a problem of its own."""
+    torch.manual_seed(0)
+    base, up = Normalized(), Pair()
+    net = nn.Sequential(base, nn.Linear(2, 1))
+    x, y = torch.randn(8, 4), torch.randn(8, 1)
+    lower = hg.Problem(
+        "net",
+        module=net,
+        data=[(x, y)],
+        steps=2,
+        optimizer=torch.optim.SGD(net[1].parameters() if shared else net.parameters(), lr=0.1),
+        method=method,
+        loss=hg.Composite(
+            lambda m, batch: m.net(batch[0]),
+            lambda z, m, batch: F.mse_loss(z, batch[1]) * (1.0 if shared else m.up.v.exp().sum()),
+        ),
+    )
+    upper = hg.Problem(
+        "base" if shared else "up",
+        module=base if shared else up,
+        data=[(x, y)],
+        optimizer=torch.optim.SGD((base if shared else up).parameters(), lr=0.1),
+        loss=lambda m, batch: F.mse_loss(m.net(batch[0]), batch[1]),
+    )
+    engine = hg.Engine([lower, upper])
+    assert not engine.graph.reads["net"].written
+    engine.step()
+
+
+@pytest.mark.parametrize("method", [hg.OneStep(), hg.FiniteDifference(), hg.SAMA()], ids=str)
+def test_methods_that_read_the_last_step_take_losses_that_leave_a_parameter_out(method: hg.Method) -> None:
+    heads, up = nn.ParameterList([torch.zeros(2), torch.zeros(2)]), Pair()
+    lower = hg.Problem(
+        "heads",
+        module=heads,
+        data=[2, 1],
+        steps=2,
+        optimizer=torch.optim.Adam(heads.parameters(), lr=0.1),
+        method=method,
+        loss=lambda m, count: sum(0.5 * ((h - m.up.v) ** 2).sum() for h in list(m.heads)[:count]),
+    )
+    upper = hg.Problem(
+        "up",
+        module=up,
+        data=[None],
+        optimizer=torch.optim.SGD(up.parameters(), lr=0.1),
+        loss=lambda m, _: sum((h**2).sum() for h in m.heads),
+    )
+    hg.Engine([lower, upper]).step()
