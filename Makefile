@@ -63,6 +63,7 @@ behaviour: $(BEHAVIOUR:%=behaviour-%)
 $(BEHAVIOUR:%=behaviour-%): behaviour-%: $(VENV)/.extra-ssl
 	$(BIN)/python -m ssl_tasks $($*_OPTIONS) $(TEN) --out $(RUNS)/behaviour/$*
 
+speed: export OMP_NUM_THREADS := $(shell nproc)
 speed: $(VENV)/.extra-ssl
 	$(BIN)/python -m ssl_tasks.speed
 
