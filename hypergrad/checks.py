@@ -109,8 +109,8 @@ def check_runner(runner: Runner, upper: Params) -> None:
     _check_micro_batches(runner)
     _check_hooks(runner)
     with untouched(runner.layout.device), torch.no_grad():
-        if problem.start is not None:
-            runner.start_values({})
+        if runner.start is not None:
+            runner.start.values({})
         values = {name: runner.hyper_value(name) for name in problem.hyper}
     if problem.tasks is None:
         check_hyper(problem.optimizer, values, problem.name)
@@ -242,7 +242,7 @@ def _check_implicit(runner: Runner, method: Implicit) -> None:
     name = runner.name
     loss: Any = plain(runner.response or runner.loss)
     if method.curvature == "gauss_newton" and not isinstance(loss, Composite):
-        nested = f"; with levels below ({runner.nested}) its structure is lost" if runner.nested else ""
+        nested = f"; with levels below ({runner.losses.nested}) its structure is lost" if runner.losses.nested else ""
         raise ValueError(
             f"problem {name!r}: curvature='gauss_newton' needs hg.Composite(outputs, criterion, penalty=None) as the "
             f"loss, to tell the model from the criterion{nested}. Wrap it, or use curvature='hessian'."

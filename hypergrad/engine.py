@@ -392,8 +392,9 @@ class Engine:
             trajectories[r.name] = r.trajectory(past)
         replays = any(not isinstance(r.problem.method, ResponseMethod) for r in lower)  # its loss is evaluated again
         random = random_state(runner.layout.device, anew=replays) if replays or runner.records_next() else None
-        runner.record(batch, random, {name: trajectories[name] for name in runner.nested if name in trajectories})
-        read = [r for r in lower if r.name in runner.nested]
+        nested = runner.losses.nested
+        runner.record(batch, random, {name: trajectories[name] for name in nested if name in trajectories})
+        read = [r for r in lower if r.name in nested]
         began = perf_counter()
         signals = self.signals if self._is_top(runner) else None
         value, partials = runner.partials(batch, read, record, signals)
@@ -478,7 +479,7 @@ class Engine:
             assert method is not None
             with replaying(random):
                 warm = runner.warm.get(top.name)
-                pulled: Pulled = method.total(top.as_upper_loss(runner.name), trajectory, upper, batch, warm)
+                pulled: Pulled = method.total(top.losses.as_upper_loss(runner.name), trajectory, upper, batch, warm)
             check_pulled(method, pulled, upper, Total)
         else:
             pulled = method.vjp(trajectory, upper, ravel(runner, cotangent), runner.warm.get(top.name))
@@ -507,7 +508,7 @@ class Engine:
         reached = any(runner.name in self.graph.reaching(other) for other in self.graph.problems)
         if not runner.problem.responds or not reached or method is None or not method.second_order:
             return
-        if runner.nested or runner.problem.tasks is not None:
+        if runner.losses.nested or runner.problem.tasks is not None:
             return
         upper = self._upper(self.graph.depends(runner.name))
         lower = {key: p.detach() for key, p in runner.used.items()}

@@ -93,7 +93,7 @@ class Faults:
         if gradient.is_hypergradient:
             return self._admits_hypergradient(gradient, record)
         runner, value = gradient.runner, gradient.value
-        moves = runner.scale is not None and runner.scale.rule is not None
+        moves = runner.losses.scale is not None and runner.losses.scale.rule is not None
         if self.on_nonfinite == "skip" or moves:
             finite = bool(torch.isfinite(value) & torch.isfinite(_norm(gradient)))
             found = "" if finite else _culprit(gradient)
@@ -176,9 +176,9 @@ class Faults:
 def _note_good(gradient: Gradient, record: Record) -> None:
     """Count a step without overflow for the scale of its problem's loss."""
     runner = gradient.runner
-    if runner.scale is not None and runner.scale.rule is not None:
-        runner.scale = runner.scale.after_good()
-        record.put(runner.name, "loss_scale", runner.scale.value)
+    if runner.losses.scale is not None and runner.losses.scale.rule is not None:
+        runner.losses.scale = runner.losses.scale.after_good()
+        record.put(runner.name, "loss_scale", runner.losses.scale.value)
 
 
 def _overflowed(gradient: Gradient, record: Record) -> bool:
@@ -187,9 +187,9 @@ def _overflowed(gradient: Gradient, record: Record) -> bool:
         return False
     lowered = False
     for runner in gradient.involved:
-        lower = None if runner.scale is None else runner.scale.after_overflow()
+        lower = None if runner.losses.scale is None else runner.losses.scale.after_overflow()
         if lower is not None:
-            runner.scale, lowered = lower, True
+            runner.losses.scale, lowered = lower, True
             record.put(runner.name, "loss_scale", lower.value)
     return lowered
 

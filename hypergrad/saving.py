@@ -15,8 +15,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from hypergrad._random import random_state, restore_random_state
-from hypergrad.runner import Beginning, Runner, StartAgain, Surrounded
+from hypergrad.losses import Surrounded
+from hypergrad.runner import Runner
 from hypergrad.source import load_random, save_random
+from hypergrad.start import Beginning, StartAgain
 from hypergrad.step import Step
 from hypergrad.trajectory import Trajectory
 
@@ -72,7 +74,7 @@ def save(runner: Runner) -> dict[str, Any]:
         "initial": _plain(runner.initial),
         "snapshot": _plain(runner.snapshot),
         "window": _plain(_saved_window(runner)),
-        "loss_scale": None if runner.scale is None else runner.scale.state_dict(),
+        "loss_scale": None if runner.losses.scale is None else runner.losses.scale.state_dict(),
     }
 
 
@@ -98,7 +100,7 @@ def check(runner: Runner, state: Mapping[str, Any]) -> None:
             "the same module as the one that was saved."
         )
     _check_optimizer(runner, state["optimizer"])
-    if (runner.scale is None) != (state["loss_scale"] is None):
+    if (runner.losses.scale is None) != (state["loss_scale"] is None):
         raise ValueError(
             f"problem {runner.name!r}: one of this problem and the saved one has a loss_scale and the other none. Give "
             "it the same."
@@ -146,8 +148,8 @@ def load(runner: Runner, state: Mapping[str, Any], runners: Mapping[str, Runner]
     runner.warm = {name: v.to(runner.layout.device) for name, v in state["warm"].items()}
     runner.initial, runner.snapshot = copy.deepcopy(state["initial"]), copy.deepcopy(state["snapshot"])
     _load_window(runner, state["window"], runners)
-    if runner.scale is not None:
-        runner.scale = runner.scale.at(state["loss_scale"])
+    if runner.losses.scale is not None:
+        runner.losses.scale = runner.losses.scale.at(state["loss_scale"])
 
 
 def _outlives_a_step(runner: Runner) -> bool:

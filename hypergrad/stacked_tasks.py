@@ -22,11 +22,12 @@ from hypergrad._replayed import Calls, Compiled
 from hypergrad._result import Result
 from hypergrad._stacked import leading
 from hypergrad._tape import add
+from hypergrad.losses import Surrounded
 from hypergrad.methods import Unrolled
 from hypergrad.network import Network, own
 from hypergrad.optim import Bound
 from hypergrad.problem import loss_value
-from hypergrad.runner import Runner, Surrounded
+from hypergrad.runner import Runner
 from hypergrad.trajectory import Trajectory, descend
 
 Outcome = dict[str, Any]
@@ -174,12 +175,13 @@ def _descend(
     network: Network, member: Runner, upper: Params, constants: Params, batches: Sequence[Any], count: int
 ) -> Trajectory:
     """Return the record of all tasks' runs, from their start or from the module's own parameters."""
-    problem, used, bound = member.problem, member.used, member.bound
+    problem, used, bound, begins = member.problem, member.used, member.bound, member.start
     template = {key: p.detach().expand(count, *p.shape) for key, p in used.items()}
 
     def start(u: Params) -> Params:
         def of_one(constants: Params) -> Params:
-            values = member.start_values(u | constants)
+            assert begins is not None
+            values = begins.values(u | constants)
             return {key: values[key] for key in used}
 
         if not constants:  # one by one: vmap refuses draws in place where nothing is batched
@@ -207,7 +209,7 @@ def _descend(
         upper,
         optimizer=Bound(bound.groups, Layout.of(template, names=bound.names)),
         batches=_surrounded(batches, constants),
-        start=None if problem.start is None else start,
+        start=None if begins is None else start,
         hyper={name: function_of(function) for name, function in problem.hyper.items()},
         clip_value=problem.clip_value,
         project=None if problem.project is None else project,

@@ -24,10 +24,11 @@ from hypergrad._result import Result
 from hypergrad._stacked import leading
 from hypergrad._tape import add
 from hypergrad.distributed import Ranks, Signals
+from hypergrad.losses import Surrounded
 from hypergrad.methods import Reptile, ResponseMethod
 from hypergrad.network import Network, own
 from hypergrad.problem import Problem, loss_value
-from hypergrad.runner import Runner, Surrounded
+from hypergrad.runner import Runner
 from hypergrad.stacked_tasks import can_stack, stacked_outcome
 from hypergrad.trajectory import Trajectory, descend
 
@@ -155,10 +156,11 @@ def _one_task(network: Network, top: Runner, members: Sequence[Runner]) -> OneTa
 
 def _descend(network: Network, member: Runner, upper: Params, constants: Params, batches: Sequence[Any]) -> Trajectory:
     """Return the record of one task's run, from its start or from the module's own parameters."""
-    problem = member.problem
+    problem, begins = member.problem, member.start
 
     def start(u: Params) -> Params:
-        values = member.start_values(u | constants)
+        assert begins is not None
+        values = begins.values(u | constants)
         return {key: values[key] for key in member.used}
 
     def function_of(function: Callable[[Any], Any]) -> Callable[[Params], Any]:
@@ -171,7 +173,7 @@ def _descend(network: Network, member: Runner, upper: Params, constants: Params,
         upper,
         optimizer=member.bound,
         batches=[Surrounded(batch, {}, constants) for batch in batches],
-        start=None if problem.start is None else start,
+        start=None if begins is None else start,
         hyper={name: function_of(function) for name, function in problem.hyper.items()},
         clip_norm=problem.clip_norm,
         clip_value=problem.clip_value,

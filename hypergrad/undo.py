@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from hypergrad.runner import Beginning, Runner
+from hypergrad.runner import Runner
 from hypergrad.snapshot import restore, snapshot
+from hypergrad.start import Beginning
 from hypergrad.step import Step
 
 

@@ -75,7 +75,7 @@ def test_it_is_saved() -> None:
     engine, other = (single(hg.DynamicScale(initial=2.0**17, interval=4))[0] for _ in range(2))
     engine.run(5)
     other.load_state_dict(engine.state_dict())
-    assert other.runners["net"].scale == engine.runners["net"].scale
+    assert other.runners["net"].losses.scale == engine.runners["net"].losses.scale
     assert other.run(4)["net.loss_scale"] == engine.run(4)["net.loss_scale"] == [2.0**14, *[2.0**15] * 3]
     with pytest.raises(ValueError, match="'net': one of this problem and the saved one has a loss_scale"):
         single(None)[0].load_state_dict(engine.state_dict())
@@ -88,7 +88,7 @@ def test_at_its_smallest_the_policy_decides() -> None:
         engine.step()
     engine, net = single(hg.DynamicScale(initial=2.0**17, smallest=2.0**16), on_nonfinite="skip")
     engine.run(4)
-    assert net.at.tolist() == [1.0, 2.0] and engine.runners["net"].scale.value == 2.0**16
+    assert net.at.tolist() == [1.0, 2.0] and engine.runners["net"].losses.scale.value == 2.0**16
 
 
 def test_a_loss_that_is_not_finite_is_not_blamed_on_the_scale() -> None:
@@ -96,7 +96,7 @@ def test_a_loss_that_is_not_finite_is_not_blamed_on_the_scale() -> None:
     net.at.data[0] = float("inf")
     with pytest.raises(hg.NonFiniteError, match="its loss is inf"):
         engine.step()
-    assert engine.runners["net"].scale.value == 4.0
+    assert engine.runners["net"].losses.scale.value == 4.0
 
 
 def two_levels(

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from hypergrad._flat import Params
-from hypergrad._random import RandomState, random_state, replaying
+from hypergrad._random import RandomState, random_state
 from hypergrad._untouched import untouched
 from hypergrad.engine import Engine
 from hypergrad.methods import ResponseMethod, best_response
@@ -19,6 +19,7 @@ from hypergrad.network import own
 from hypergrad.optim import Bound, read_state
 from hypergrad.problem import loss_value
 from hypergrad.runner import Runner
+from hypergrad.start import Beginning, StartAgain
 from hypergrad.step import Recording, Step, take
 from hypergrad.trajectory import Trajectory
 
@@ -121,7 +122,7 @@ def _run(engine: Engine, name: str, upper: Params) -> tuple[Trajectory, bool]:
     steps: list[Step] = []
     for index, batch in enumerate(batches):
         values = own(name, bound.layout.unravel(flat)) | upper
-        records = {other: _run(engine, other, _above(engine, other, values))[0] for other in runner.nested}
+        records = {other: _run(engine, other, _above(engine, other, values))[0] for other in runner.losses.nested}
         step = Step(recipe, runner.surrounded(batch, records), index, random_state(bound.layout.device))
         if ran:
             step, flat, states = take(step, flat, states, upper, Recording(), len(batches))
@@ -159,12 +160,8 @@ def _begin(runner: Runner, bound: Bound, upper: Params, *, ran: bool) -> tuple[T
 
 def _start(runner: Runner, drawn: RandomState | None) -> Callable[[Params], Params]:
     """Return where the problem begins as a function of `upper`, with the random draws that follow `drawn`."""
-
-    def start(upper: Params) -> Params:
-        with replaying(drawn):
-            return {key: v for key, v in runner.start_values(upper).items() if key in runner.used}
-
-    return start
+    assert runner.start is not None
+    return StartAgain(runner.start, Beginning(drawn, {}), frozenset(runner.used))
 
 
 def _above(engine: Engine, name: str, values: Params) -> Params:
