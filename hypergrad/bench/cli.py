@@ -12,7 +12,7 @@ from hypergrad.bench import claims_report, pool, report, results, suite, surroun
 from hypergrad.bench.claims import catalogue as claims
 from hypergrad.bench.problems import catalogue as problems
 
-LIMITS = {"quick": (0.15, 60.0), "full": (3.0, 300.0)}
+LIMITS = {"quick": (0.15, 60.0), "full": (1.0, 300.0)}
 """Suite -> seconds after which a contender is not repeated, and after which it is given up."""
 
 

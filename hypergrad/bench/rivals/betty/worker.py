@@ -43,7 +43,7 @@ class Betty(Contender):
             Offer("cg", {"cg_iterations": 20, "cg_alpha": 0.1}),
             *(
                 Offer("neumann", {"neumann_iterations": n, "neumann_alpha": step})
-                for n in ((20, 160) if few else (10, 40, 160, 640))
+                for n in ((20, 160) if few else (10, 40, 160))
             ),
             Offer("darts", {"darts_alpha": 0.01}),
         ]

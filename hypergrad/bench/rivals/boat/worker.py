@@ -49,7 +49,7 @@ class Boat(Contender):
             ),
             *(
                 Offer("NS", {"k": n, "tolerance": 1e-10, "lr": step})
-                for n in ((20, 160) if few else (10, 40, 160, 640))
+                for n in ((20, 160) if few else (10, 40, 160))
             ),
             Offer("FD", {"r": 0.01, "lr": step}),
         ]

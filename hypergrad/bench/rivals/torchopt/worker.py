@@ -44,7 +44,7 @@ class TorchOpt(Contender):
         return [
             *cg,
             *(Offer("normal_cg", {"rtol": rtol}) for rtol in ((1e-4,) if few else (1e-2, 1e-4))),
-            *(Offer("ns", {"maxiter": n, "alpha": step}) for n in ((20, 160) if few else (10, 40, 160, 640))),
+            *(Offer("ns", {"maxiter": n, "alpha": step}) for n in ((20, 160) if few else (10, 40, 160))),
         ]
 
     def prepare(self, task: Task, method: str, settings: dict[str, Any]) -> Callable[[], Outcome]:
