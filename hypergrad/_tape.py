@@ -70,7 +70,10 @@ def gradient(loss: Callable[[Tensor], Tensor], flat: Tensor, *, create_graph: bo
                 "the lower loss does not depend on the lower parameters: its value carries no gradient. "
                 "Compute it from the `lower` dict it receives, without .detach(), .item() or torch.no_grad()."
             )
-        (slope,) = grads([value], [point], create_graph=create_graph)
+        # A cotangent that asks for its own derivative: without it, a function that can be differentiated once gives a
+        # constant wherever the loss is linear behind it, and nothing tells of its second derivative.
+        cotangents = [leaf(torch.ones_like(value))] if create_graph else None
+        (slope,) = grads([value], [point], cotangents, create_graph=create_graph)
     return torch.zeros_like(point) if slope is None else slope
 
 

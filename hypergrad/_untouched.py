@@ -55,6 +55,7 @@ class _StandIns:
         self._latest: dict[int, tuple[Tensor, Tensor, int]] = {}  # by the buffer's id: it, its copy, the copy's version
         self._copies: dict[int, Tensor] = {}  # by id, so that a copy is known as one
         self._written: set[int] = set()  # by the buffer's id: those that calls have changed
+        self._begun: dict[int, tuple[Tensor, Tensor]] = {}  # by the buffer's id: it, and what held its value at first
         self._frames: list[_Frame] = []
         self._inside: set[int] = set()
 
@@ -63,6 +64,7 @@ class _StandIns:
             _open[-1].look_away()
             self._latest = {key: (buffer, copy, _NEVER) for key, (buffer, copy, _) in _open[-1]._latest.items()}
             self._written = set(_open[-1]._written)
+            self._begun = {key: (buffer, copy) for key, (buffer, copy, _) in self._latest.items()}
         self.watch()
         _open.append(self)
         return self
@@ -119,6 +121,7 @@ class _StandIns:
             self._written.add(id(buffer))
         with torch.no_grad():
             copy = (buffer if known is None else known[1]).detach().clone()
+        self._begun.setdefault(id(buffer), (buffer, buffer))  # which itself stays as it is
         self._latest[id(buffer)] = (buffer, copy, copy._version)
         self._copies[id(copy)] = copy
         return copy
@@ -150,6 +153,14 @@ def buffers_left() -> Buffers | None:
     left = {key: (latest[key][0], constant(latest[key][1])) for key in watching._written if key in latest}
     latest.update({key: (buffer, copy, _NEVER) for key, (buffer, copy) in left.items()})
     return left
+
+
+def buffers_at_first() -> Buffers:
+    """Return what the modules called so far found in their buffers at their first call."""
+    if not _open or torch.compiler.is_compiling():
+        return {}
+    found = _open[-1]._begun.items()
+    return {key: (buffer, constant(held.clone() if held is buffer else held)) for key, (buffer, held) in found}
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from hypergrad.problem import Problem, loss_value
 from hypergrad.runner import Runner
 from hypergrad.stationarity import Responding
 from hypergrad.step import Step
-from hypergrad.stepper import check_hyper, needs_closure
+from hypergrad.stepper import check_hyper, needs_closure, refused_closure
 from hypergrad.tasks import first_task
 from hypergrad.trajectory import Trajectory
 
@@ -76,11 +76,7 @@ def arrange(problems: Sequence[Problem | Sequence[Problem]]) -> list[list[Proble
             )
     for problem in (problem for level in levels[1:] for problem in level):
         if needs_closure(problem.optimizer):
-            raise ValueError(
-                f"problem {problem.name!r}: {type(problem.optimizer).__name__} evaluates its loss several times a "
-                "step, and each would need the levels below to run again. Use an optimizer that takes no closure on "
-                "upper levels."
-            )
+            raise ValueError(refused_closure(problem))
     return levels
 
 

@@ -309,9 +309,8 @@ class Engine:
             for index in range(max((p.steps for p in due), default=0)):
                 self._step_level(level, [p for p in due if index < p.steps], index, record)
         for problem in due:
-            if problem.method is not None and problem.method.num_fresh:
+            if count := _fresh(problem):
                 runner = self.runners[problem.name]
-                count = problem.method.num_fresh
                 runner.fresh = [self._shard(runner, self._draw(runner, 0)) for _ in range(count)]
         return bool(due)
 
@@ -369,7 +368,10 @@ class Engine:
         """Return the gradient of the problem's loss at its present values, with the levels below responding."""
         batch = self._shard(runner, self._batch(runner))
         members = self._members[runner.name]
-        tasks = {m.name: [self._shard(m, self._draw(m, k)) for k in range(m.problem.steps)] for m in members}
+        tasks = {
+            m.name: [self._shard(m, self._draw(m, k)) for k in [*range(m.problem.steps), *[0] * _fresh(m.problem)]]
+            for m in members
+        }
         with self._own_draws():
             if members:
                 return self._task_gradient(runner, members, batch, tasks, record)
@@ -557,3 +559,8 @@ class Engine:
         self._stream = load_random(state["rank_random"], self._device)
         self.listening = state["callbacks"]
         self.is_between_steps = True
+
+
+def _fresh(problem: Problem) -> int:
+    """Return how many batches of its own the problem's method draws after each run."""
+    return 0 if problem.method is None else problem.method.num_fresh

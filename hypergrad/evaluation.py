@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hypergrad._flat import Layout, Params
-from hypergrad._tape import second_order
+from hypergrad._tape import refuse_once_differentiable, second_order
 from hypergrad.loss_scale import entered, left
 from hypergrad.losses import Losses, Surrounded
 from hypergrad.network import own
@@ -91,9 +91,11 @@ class Evaluation:
             if scale is not None:
                 value = left(value, scale)
             inputs = {**lower, **self._unused}
-            slopes = torch.autograd.grad(value, list(inputs.values()), create_graph=True, allow_unused=True)
+            seed = torch.ones_like(value).requires_grad_()  # see `gradient`
+            slopes = torch.autograd.grad(value, list(inputs.values()), seed, create_graph=True, allow_unused=True)
             found = {key: g for key, g in zip(inputs, slopes, strict=True) if g is not None}
             taped = self._layout.ravel({key: found.get(key, torch.zeros_like(w)) for key, w in lower.items()})
+        refuse_once_differentiable(taped)
         metrics = mean_metrics([metrics for _, metrics in several]) if len(several) > 1 else several[0][1]
         late = {(self._name, key): g for key, g in found.items() if key in self._unused}
         return Taped(Partials(value, metrics, {(self._name, ""): taped} | late), (leaf, above), frozenset(found))

@@ -49,7 +49,8 @@ def _generators(data: Any) -> list[torch.Generator]:
     """Return the generators that a loader and its samplers hold, each once."""
     if not isinstance(data, DataLoader):
         return []
-    holders: list[Any] = [data, data.sampler, data.batch_sampler, *vars(data.batch_sampler or data).values()]
+    sampler = data if data.batch_sampler is None else data.batch_sampler
+    holders: list[Any] = [data, data.sampler, data.batch_sampler, *getattr(sampler, "__dict__", {}).values()]
     found = [value for holder in holders for value in getattr(holder, "__dict__", {}).values()]
     return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
 

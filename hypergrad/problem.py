@@ -63,7 +63,8 @@ class Problem:
             parameters of the time the engine was built, with fresh optimizer state). Default: "restart" with a `start`,
             else "continue".
         clip_norm, clip_value: bounds on the gradient of each step.
-        scheduler: a learning-rate scheduler, or several, stepped after each step of the optimizer.
+        scheduler: a learning-rate scheduler, or several, stepped after each step of the optimizer. With `tasks` the
+            learning rates of each run are those from where it stands, and it stays there.
         project: (params) -> params, applied after each step (simplex, box).
         start: (models) -> dict keyed like the module's parameters, at which the level begins each time it restarts;
             hypergradients flow through it.
@@ -238,6 +239,11 @@ class Problem:
             raise ValueError(
                 f"problem {self.name!r}: the copies of tasks={self.tasks} are discarded after each step of the level "
                 f"above, so after={self.after!r} cannot be honoured. Leave it None."
+            )
+        if self.tasks is not None and self.every > 1:
+            raise ValueError(
+                f"problem {self.name!r}: the copies of tasks={self.tasks} are run anew for each step of the level "
+                f"above, so every={self.every} cannot be honoured. Leave it 1."
             )
         if isinstance(self.method, (Unrolled, ForwardUnrolled)) and self.every > 1:
             raise ValueError(

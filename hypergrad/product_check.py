@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Callable, Mapping
+from types import FrameType
 from typing import Any
 
 import torch
@@ -18,8 +21,8 @@ from hypergrad._untouched import untouched
 from hypergrad.solvers._probes import gaussian
 
 _MEANT = (
-    "a stop-gradient (.detach(), torch.no_grad()) or a running average of the network's own output or parameters, as "
-    "in VAT, MoCo, DINO's centre, or BatchNorm in train and in eval mode"
+    "a running average of the network's own output or parameters, as in MoCo, DINO's centre, or BatchNorm in train and "
+    "in eval mode"
 )
 _CULPRITS = (
     "torch.utils.checkpoint inside functional_call (it recomputes with other parameters), "
@@ -50,7 +53,10 @@ def check_product(
     another than with the product), the product is wrong. Kinks, as those of ReLU and max-pooling, unsettle a
     quotient and raise no alarm; in float32 the test is only good for errors of several per cent.
 
-    Cost: one product and four gradients.
+    A loss that holds back a part of its own gradient by `.detach()` or `torch.no_grad()` is no error: derivatives take
+    that part as a constant, as autograd does. If the products are right once these stop nothing, a warning says so.
+
+    Cost: one product and four gradients; twice that where they differ.
 
     Args:
         lower_loss: pure function (lower, upper, batch) -> scalar.
@@ -69,6 +75,32 @@ def check_product(
         >>> hg.check_product(loss, {"w": torch.ones(2)}, {"c": torch.ones(2)})
     """
     check_params(lower, "lower")
+    found, dtype = _find(lower_loss, lower, upper, batch)
+    if found is None:
+        return
+    where, error = found
+    difference = f"a Hessian product differs from a finite difference of the gradient by {100 * error:.2g}%"
+    if _only_stopped(lower_loss, lower, upper, batch):
+        warnings.warn(
+            f"{name}: a .detach() or torch.no_grad() holds back a part of its gradient, so that at {where} "
+            f"{difference}. What is held back is taken as a constant, as autograd takes it; for the derivative of the "
+            "run as a whole leave the stop-gradient out. Engine(product_check=False) leaves out this check.",
+            UserWarning,
+            stacklevel=2,
+        )
+        return
+    raise ValueError(
+        f"{name}: its second derivative is wrong at {where}: {difference} (in {dtype}), and torch does not notice. "
+        f"If the loss holds back a part of its own gradient, by {_MEANT}, the difference is meant: turn "
+        f"this check off, Engine(product_check=False). Other culprits: {_CULPRITS}. Replace the module or "
+        "operation, or use a method without second derivatives (hg.FiniteDifference, hg.SAMA, hg.Penalty)."
+    )
+
+
+def _find(
+    lower_loss: Loss, lower: Mapping[str, Tensor], upper: Mapping[str, Tensor], batch: Any
+) -> tuple[tuple[str, float] | None, torch.dtype]:
+    """Return where the product is wrong and by how much, or None; and the dtype of the comparison."""
     constants, known = as_params(lower), as_params(upper)
     drawn = random_state(next(iter(constants.values())).device)
     wide = torch.float64
@@ -81,21 +113,27 @@ def check_product(
             with _Double():
                 return lower_loss(w, u, b).double()
 
-        found = _compare(double_loss, double_lower, double_upper, double_batch, drawn)
+        return _compare(double_loss, double_lower, double_upper, double_batch, drawn), wide
     except Exception:  # what cannot run in float64 is checked as it is, which raises what there is to raise
-        wide = Layout.of(constants).dtype
         found = _compare(lower_loss, constants, known, batch, drawn)
         if any(torch.finfo(w.dtype).eps > 1e-5 for w in constants.values()):
-            return  # differences of half-precision gradients are rounding: only the raising was of use
-    if found is not None:
-        where, error = found
-        raise ValueError(
-            f"{name}: its second derivative is wrong at {where}: a Hessian product differs from a finite "
-            f"difference of the gradient by {100 * error:.2g}% (in {wide}), and torch does not notice. "
-            f"Most often the loss holds back a part of its own gradient: {_MEANT}. Then the difference is meant: turn "
-            f"this check off, Engine(product_check=False). Other culprits: {_CULPRITS}. Replace the module or "
-            "operation, or use a method without second derivatives (hg.FiniteDifference, hg.SAMA, hg.Penalty)."
-        )
+            found = None  # differences of half-precision gradients are rounding: only the raising was of use
+        return found, Layout.of(constants).dtype
+
+
+def _only_stopped(lower_loss: Loss, lower: Mapping[str, Tensor], upper: Mapping[str, Tensor], batch: Any) -> bool:
+    """Return whether the loss stops gradients, and its products are right where these go through."""
+    through = _LetThrough()
+
+    def whole(w: Params, u: Params, b: Any) -> Tensor:
+        with through:
+            return lower_loss(w, u, b)
+
+    try:
+        found, _ = _find(whole, lower, upper, batch)
+    except Exception:  # not made for it: in-place changes of buffers, for one
+        return False
+    return through.stopped and found is None
 
 
 def _compare(
@@ -128,7 +166,7 @@ def _compare(
             if len(ends) != len(estimates):
                 continue
             errors = [float((exact[key].to(layout.dtype) - end).norm()) for end in ends]
-            size = max(float(ends[-1].norm()), 1e-2 * total)
+            size = max(float(ends[-1].norm()), 1e-2 * total) or float(exact[key].norm())
             settled = min(errors) > 4 * float((ends[0] - ends[1]).norm())
             relative = min(errors) / size if size > 0 else 0.0
             if settled and relative > _TOLERANCE[layout.dtype] and (worst is None or relative > worst[1]):
@@ -193,3 +231,44 @@ class _Double(TorchFunctionMode):
     ) -> Any:
         wide_args, wide_kwargs = pytree.tree_map(_double, (args, kwargs or {}))
         return function(*wide_args, **wide_kwargs)
+
+
+_STOPS = (torch.Tensor.detach, torch.detach, torch.Tensor.data.__get__)  # type: ignore[attr-defined]
+_SET_GRAD = torch._C._set_grad_enabled
+_AROUND = ("torch.autograd.grad_mode", "torch.utils._contextlib")
+"""Where `torch.no_grad()` sets the mode for its caller."""
+
+
+class _LetThrough(TorchFunctionMode):
+    """Gradients go through `.detach()` and `torch.no_grad()` of the caller's code in the body."""
+
+    stopped = False
+    """Whether there were any that mattered."""
+
+    def __torch_function__(
+        self, function: Any, _types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        stops = function in _STOPS and args[0].requires_grad
+        if (stops or (function is _SET_GRAD and not args[0])) and _is_users(sys._getframe(1)):
+            self.stopped = True
+            return args[0] if stops else None
+        return function(*args, **(kwargs or {}))
+
+
+def _is_users(frame: FrameType | None) -> bool:
+    """Return whether a call comes from a user's loss, not from inside an `autograd.Function`.
+
+    `hypergrad.detach` stops what users name.
+    """
+    while frame is not None and _module(frame) in _AROUND:
+        frame = frame.f_back
+    name = _module(frame)
+    if name != "hypergrad.network" and name.partition(".")[0] in ("torch", "hypergrad"):
+        return False
+    while frame is not None and _module(frame) != "torch.autograd.function":
+        frame = frame.f_back
+    return frame is None
+
+
+def _module(frame: FrameType | None) -> str:
+    return "" if frame is None else str(frame.f_globals.get("__name__"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from hypergrad.snapshot import restore, snapshot
 from hypergrad.source import Source
 from hypergrad.start import Beginning, Start, StartAgain
 from hypergrad.step import Leaves, Recipe, Recording, States, Step, versions
-from hypergrad.stepper import Stepper
+from hypergrad.stepper import Rates, Stepper, scheduled_rates
 from hypergrad.trajectory import Trajectory
 
 
@@ -73,6 +74,7 @@ class Runner:
         self.losses = Losses(problem, graph, network, ranks, in_place)
         self.start = None if problem.start is None else Start(problem.start, self.losses, self.variables)
         self._kept: tuple[list[dict[str, Any]], Recipe] | None = None
+        self._template: tuple[list[dict[str, Any]], Bound] | None = None
         self.across = None if ranks is None else AcrossRanks(ranks, problem.module)
 
     # --- what the graph knows, used here -----------------------------------------------------------------------------
@@ -130,11 +132,12 @@ class Runner:
             return False
         return any(self.name in self.graph.below(p) and self.graph.is_perturbed(p) for p in self.graph.problems)
 
-    def bind(self, *, opaque: bool | None = None) -> Bound:
+    def bind(self, *, opaque: bool | None = None, rates: Sequence[Rates] | None = None) -> Bound:
         """Return the optimizer's present options bound to the variables that the loss uses.
 
         Args:
             opaque: read the weight decay alone; None where the problem's method needs no more.
+            rates: learning rates by step, in place of the present ones, for each param group.
         """
         opaque = self.opaque if opaque is None else opaque
         optimizer = self.problem.optimizer
@@ -142,11 +145,15 @@ class Runner:
         try:
             view = from_torch(optimizer, names, opaque=opaque)
         except ValueError as error:
-            raise ValueError(f"problem {self.name!r}: {error}") from error
+            copies = "" if self.problem.tasks is None else f" (With tasks={self.problem.tasks} any method needs that.)"
+            raise ValueError(f"problem {self.name!r}: {error}{copies}") from error
         assert view.names is not None
+        options = read_options(optimizer, opaque=opaque)
+        if rates is not None:
+            options = tuple(replace(option, lr=lr) for option, lr in zip(options, rates, strict=True))
         groups = tuple(
             (option, kept)
-            for option, group in zip(read_options(optimizer, opaque=opaque), view.names, strict=True)
+            for option, group in zip(options, view.names, strict=True)
             if (kept := tuple(name for name in group if name in self.used))
         )
         order = [name for _, group in groups for name in group]
@@ -236,14 +243,25 @@ class Runner:
 
     def _present_recipe(self) -> Recipe:
         """Return how the next step is taken; made anew only when the optimizer's options have changed."""
-        options = [{k: v for k, v in g.items() if k != "params"} for g in self.problem.optimizer.param_groups]
+        options = self._options()
         if self._kept is not None and self._kept[0] == options:
             return self._kept[1]
         recipe = self.recipe(self.bind())
         moves = bool(self.problem.hyper and self.moving)
-        volatile = moves or any(isinstance(v, Tensor) for group in options for v in group.values())
-        self._kept = None if volatile else (options, recipe)
+        self._kept = None if moves or _hold_tensors(options) else (options, recipe)
         return recipe
+
+    def _options(self) -> list[dict[str, Any]]:
+        return [{k: v for k, v in g.items() if k != "params"} for g in self.problem.optimizer.param_groups]
+
+    def template(self) -> Bound:
+        """Return the optimizer that the run of each task begins with, its learning rates as they are scheduled."""
+        options = self._options()
+        if self._template is not None and self._template[0] == options:
+            return self._template[1]
+        bound = self.bind(rates=scheduled_rates(self.problem) if self.stepper.schedulers else None)
+        self._template = None if _hold_tensors(options) else (options, bound)
+        return bound
 
     # --- one step ----------------------------------------------------------------------------------------------------
 
@@ -332,7 +350,8 @@ class Runner:
         if self.problem.hyper:
             with torch.no_grad():
                 hyper = {name: self.hyper_value(name) for name in self.problem.hyper}
-        self.stepper.take(grad, value, hyper, lambda: self.evaluate_again(batch))
+        lowest = self.graph.level_of[self.name] == 0
+        self.stepper.take(grad, value, hyper, partial(self.evaluate_again, batch) if lowest else None)
         self.count()
 
     def hyper_value(self, name: str) -> Any:
@@ -403,16 +422,18 @@ class Runner:
                 else step
                 for step in window
             ]
-        if self.fresh and window:
-            last = window[-1]
-            drawn = [replace(last.batch, batch=b) if isinstance(last.batch, Surrounded) else b for b in self.fresh]
-            window = [*window[:-1], *(replace(last, batch=batch) for batch in drawn)]
         states = (
             ()
             if self.opaque or not window
             else read_state(self.problem.optimizer, window[-1].recipe.optimizer, self.used)
         )
-        return self.record_of(tuple(window), end, states, self.beginning)
+        record = self.record_of(tuple(window), end, states, self.beginning)
+        if not window:
+            return record
+        around = window[-1].batch
+        return record.with_fresh(
+            [replace(around, batch=b) if isinstance(around, Surrounded) else b for b in self.fresh]
+        )
 
     def record_of(
         self, steps: tuple[Step, ...], end: Tensor, states: States, beginning: Beginning | None
@@ -432,3 +453,7 @@ class Runner:
             start=begun,
             response=self.response,
         )
+
+
+def _hold_tensors(options: Iterable[Mapping[str, Any]]) -> bool:
+    return any(isinstance(v, Tensor) for group in options for v in group.values())

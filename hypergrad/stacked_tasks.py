@@ -175,7 +175,7 @@ def _descend(
     network: Network, member: Runner, upper: Params, constants: Params, batches: Sequence[Any], count: int
 ) -> Trajectory:
     """Return the record of all tasks' runs, from their start or from the module's own parameters."""
-    problem, used, bound, begins = member.problem, member.used, member.bound, member.start
+    problem, used, bound, begins = member.problem, member.used, member.template(), member.start
     template = {key: p.detach().expand(count, *p.shape) for key, p in used.items()}
 
     def start(u: Params) -> Params:

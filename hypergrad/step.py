@@ -106,7 +106,7 @@ class Step:
     versions: tuple[int, ...] = ()
     """Those of the upper leaves when the tape was made; they share memory with the caller's tensors."""
     buffers: Buffers | None = None
-    """What the steps before had left in modules' buffers; None where the batch says it, or nothing is known."""
+    """What the loss found in modules' buffers; None where the batch says it, or nothing is known."""
     taken: bool = True
     """Whether the step was taken; one left out, for its gradient was not finite, changes nothing."""
 
@@ -334,6 +334,7 @@ def take(
         point, leaves = leaf(flat), {name: leaf(u) for name, u in upper.items()}
         with second_order():
             taped = live._taped_gradient(point, leaves, compile)
+        refuse_once_differentiable(taped)
         step = replace(step, flat=flat, states=states, taped=taped, leaves=(point, leaves), versions=versions(leaves))
         with torch.no_grad():
             flat, states = step.recipe.update(flat, taped.detach(), states, upper, step.index)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,22 +33,23 @@ class Stepper:
         self.schedulers = problem.schedulers()
         self.takes_closure = needs_closure(problem.optimizer)
 
-    def take(self, grad: Params, value: Tensor, hyper: Mapping[str, Any], again: Again) -> None:
+    def take(self, grad: Params, value: Tensor, hyper: Mapping[str, Any], again: Again | None) -> None:
         """Step along `grad`; a variable that it lacks has no gradient.
 
         Args:
             grad: by name; becomes the variables' `.grad`.
             value: the loss, for schedulers and closures that ask for it.
             hyper: options that replace the optimizer's during this step.
-            again: for optimizers that evaluate the loss several times a step.
+            again: for optimizers that evaluate the loss several times a step; None where that cannot be.
         """
         problem, optimizer = self.problem, self.problem.optimizer
         self._set_grads(grad)
         with _options(optimizer, hyper, problem.name) if hyper else contextlib.nullcontext():
             if self.takes_closure:
-                optimizer.step(self._closure(value, again))  # type: ignore[arg-type]
+                assert again is not None
+                optimizer.step(self._closure(grad, value, again))  # type: ignore[arg-type]
             else:
-                optimizer.step()
+                self._step(grad, value, again)
         torch.autograd.graph.increment_version(self.variables.values())  # fused steps do not count as changes
         if problem.project is not None:
             with torch.no_grad():
@@ -58,16 +62,36 @@ class Stepper:
             else:
                 scheduler.step()
 
-    def _closure(self, value: Tensor, again: Again) -> Callable[[], Tensor]:
-        """Return a closure that evaluates only where the parameters have moved since the gradient was taken."""
+    def _step(self, grad: Params, value: Tensor, again: Again | None) -> None:
+        """Step without a closure; an optimizer that turns out to need one, before it has moved, gets it from now on."""
+        optimizer = self.problem.optimizer
         versions = [p._version for p in self.variables.values()]
+        try:
+            optimizer.step()
+        except (AssertionError, TypeError, ValueError, RuntimeError) as error:
+            moved = [p._version for p in self.variables.values()] != versions
+            asks = isinstance(error, AssertionError) or "closure" in str(error) or "not callable" in str(error)
+            if moved or not asks:
+                raise
+            if again is None:
+                raise ValueError(refused_closure(self.problem)) from error
+            self.takes_closure = True
+            self._set_grads(grad)
+            optimizer.step(self._closure(grad, value, again))  # type: ignore[arg-type]
+
+    def _closure(self, grad: Params, value: Tensor, again: Again) -> Callable[[], Tensor]:
+        """Return a closure that evaluates only where the parameters have moved since the gradient was taken."""
+        known = {key: g.clone() for key, g in grad.items()}  # an optimizer may clear or change the one in use
+        begins = [(p._version, held(p).detach().clone()) for p in self.variables.values()]  # .data has no version
 
         def closure() -> Tensor:
-            if [p._version for p in self.variables.values()] == versions:
+            pairs = zip(self.variables.values(), begins, strict=True)
+            if all(p._version == version and torch.equal(held(p), place) for p, (version, place) in pairs):
+                self._set_grads({key: g.clone() for key, g in known.items()})
                 return value
-            present, grad = again()
-            self._set_grads(grad)
-            return present
+            value_there, found = again()
+            self._set_grads(found)
+            return value_there
 
         return closure
 
@@ -92,6 +116,61 @@ class Stepper:
             torch.nn.utils.clip_grad_value_(self.variables.values(), self.problem.clip_value)
 
 
+@dataclass(frozen=True)
+class Rates:
+    """A learning rate for each step of a run."""
+
+    values: tuple[float, ...]
+
+    def __call__(self, step: int) -> float:
+        """Return that of step `step`, counted from 0."""
+        return self.values[step]
+
+
+def scheduled_rates(problem: Problem) -> list[Rates]:
+    """Return each param group's learning rates over `problem.steps` steps from where its schedulers stand.
+
+    The schedulers and the optimizer are left as they were found.
+
+    Raises:
+        ValueError: for a scheduler that looks at the loss, or moves more than learning rates.
+    """
+    schedulers, groups = problem.schedulers(), problem.optimizer.param_groups
+    watching = [type(s).__name__ for s in schedulers if isinstance(s, ReduceLROnPlateau)]
+    if watching:
+        raise ValueError(
+            f"problem {problem.name!r}: {watching[0]} follows the loss, and tasks={problem.tasks} have one each. Use a "
+            "scheduler that counts steps."
+        )
+    states = [copy.deepcopy(s.state_dict()) for s in schedulers]
+    found = [{k: copy.deepcopy(v) for k, v in group.items() if k != "params"} for group in groups]
+    rates: list[list[float]] = [[] for _ in groups]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the optimizer has not stepped in between
+            for _ in range(problem.steps):
+                for values, group in zip(rates, groups, strict=True):
+                    values.append(float(group["lr"]))
+                for scheduler in schedulers:
+                    scheduler.step()
+        moved = {k for before, group in zip(found, groups, strict=True) for k, v in before.items() if group[k] != v}
+    finally:
+        for scheduler, state in zip(schedulers, states, strict=True):
+            scheduler.load_state_dict(state)
+        for group, before in zip(groups, found, strict=True):
+            lr = group["lr"]
+            group.update(before)
+            if isinstance(lr, Tensor):  # schedulers write into it
+                group["lr"] = lr.copy_(before["lr"])
+    others = sorted(moved - {"lr"})
+    if others:
+        raise ValueError(
+            f"problem {problem.name!r}: its scheduler moves {others}; with tasks={problem.tasks} only learning rates "
+            "can be scheduled. Use cycle_momentum=False, or a scheduler of learning rates."
+        )
+    return [Rates(tuple(values)) for values in rates]
+
+
 def needs_closure(optimizer: torch.optim.Optimizer) -> bool:
     """Return whether the optimizer's step must be given a closure, as L-BFGS's must."""
     try:  # the class's own: schedulers wrap the object's
@@ -102,6 +181,14 @@ def needs_closure(optimizer: torch.optim.Optimizer) -> bool:
         return False
     first = parameters[0]
     return first.default is first.empty and first.kind in (first.POSITIONAL_ONLY, first.POSITIONAL_OR_KEYWORD)
+
+
+def refused_closure(problem: Problem) -> str:
+    """Return why an optimizer that takes a closure does not serve this problem, which has levels below."""
+    return (
+        f"problem {problem.name!r}: {type(problem.optimizer).__name__} evaluates its loss several times a step, and "
+        "each would need the levels below to run again. Use an optimizer that takes no closure on upper levels."
+    )
 
 
 def check_hyper(optimizer: torch.optim.Optimizer, values: Mapping[str, Any], name: str) -> None:
@@ -139,12 +226,16 @@ def _options(optimizer: torch.optim.Optimizer, values: Mapping[str, Any], name: 
         for group, v in zip(optimizer.param_groups, per_group, strict=True):
             if option in ("beta1", "beta2"):
                 betas = list(group["betas"])
-                betas[int(option == "beta2")] = float(v)
+                betas[int(option == "beta2")] = _number(v)
                 group["betas"] = tuple(betas)
             else:
-                group[option] = float(v)
+                group[option] = _number(v)
     try:
         yield
     finally:
         for group, before in zip(optimizer.param_groups, found, strict=True):
             group.update(before)
+
+
+def _number(value: Any) -> float:
+    return float(value.detach() if isinstance(value, Tensor) else value)

@@ -53,7 +53,7 @@ def run_tasks(
         top: the problem whose loss runs per task.
         members: the problems with tasks that it reads, in order.
         batch: the reader's batch; its tensors lead with the number of tasks, of this rank's where ranks share them.
-        lower_batches: for each member one batch per own step, likewise.
+        lower_batches: for each member one batch per own step, then those that its method draws, likewise.
         chunk: tasks at a time; 1 is a loop.
         signals: of the top level, which travel with its gradient.
     """
@@ -101,7 +101,10 @@ def _one_task(network: Network, top: Runner, members: Sequence[Runner]) -> OneTa
         records: dict[str, Trajectory] = {}
         ends: Params = {}
         for member in members:
-            records[member.name] = _descend(network, member, upper, buffers | ends, lower_batches[member.name])
+            steps = member.problem.steps
+            batches, fresh = lower_batches[member.name][:steps], lower_batches[member.name][steps:]
+            record = _descend(network, member, upper, buffers | ends, batches)
+            records[member.name] = record.with_fresh([Surrounded(batch, {}, buffers | ends) for batch in fresh])
             ends = ends | own(member.name, records[member.name].end)
         metrics: dict[str, Tensor] = {}
 
@@ -171,7 +174,7 @@ def _descend(network: Network, member: Runner, upper: Params, constants: Params,
         member.pure_loss,
         {key: p.detach() for key, p in member.used.items()},
         upper,
-        optimizer=member.bound,
+        optimizer=member.template(),
         batches=[Surrounded(batch, {}, constants) for batch in batches],
         start=None if begins is None else start,
         hyper={name: function_of(function) for name, function in problem.hyper.items()},

@@ -19,7 +19,7 @@ from hypergrad._autograd import leaf
 from hypergrad._flat import Layout, Params, as_params, check_params, constant
 from hypergrad._functional import Loss, check_signature, in_transform
 from hypergrad._random import RandomState, random_state, replaying, same_state
-from hypergrad._untouched import buffers_left, untouched
+from hypergrad._untouched import Buffers, buffers_at_first, buffers_left, untouched
 from hypergrad.fused import fused
 from hypergrad.optim import Bound, Optimizer, bind
 from hypergrad.step import HyperFunction, Recipe, Recording, States, Step, constant_states, take, takes_step
@@ -79,6 +79,11 @@ class Trajectory:
         """The number of lower steps taken."""
         return len(self.steps)
 
+    @property
+    def buffers(self) -> Buffers | None:
+        """What the last step found in modules' buffers; None where the batch says it, or nothing is known."""
+        return self.steps[-1].buffers if self.steps else None
+
     def named(self, flat: Tensor) -> Params:
         """Return views of `flat` by name, in the caller's order."""
         params = self.layout.unravel(flat)
@@ -89,6 +94,13 @@ class Trajectory:
         if not self.steps:
             return [(self.batch, self.random)]
         return [(step.batch, step.random) for step in self.steps[-count:]]
+
+    def with_fresh(self, batches: Sequence[Any]) -> Trajectory:
+        """Return the record with `batches` in the place of the last step's, as samples at its end."""
+        if not batches:
+            return self
+        last = self.steps[-1]
+        return replace(self, steps=(*self.steps[:-1], *(replace(last, batch=batch) for batch in batches)))
 
     def backwards(self, first: int, upper: Params) -> Iterator[tuple[Step, Tensor, States]]:
         """Yield the steps from the last down to `first`, each with the parameters and optimizer states it began with.
@@ -242,6 +254,8 @@ def descend(
             random = random_state(layout.device)
             drew = responds_at_random or not same_state(step.random, random)
             steps.append(step if drew else replace(step, random=None))
+        if first := buffers_at_first():
+            steps = [s if s.buffers is None else replace(s, buffers={**first, **s.buffers}) for s in steps]
     return Trajectory(
         layout=layout,
         end_flat=flat,

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
 import hypergrad as hg
 from hypergrad.testing import relative_error, spd
@@ -332,3 +333,32 @@ def test_a_compiled_transform_is_refused_or_right(compiler: Any) -> None:
         compiler(slope, fullgraph=True)(U)
     torch._dynamo.reset()
     assert relative_error({"u": compiler(slope)(U)}, {"u": slope(U)}) < 1e-10
+
+
+@pytest.mark.parametrize("method", [hg.Unrolled(), hg.Unrolled(retain=1.0), hg.Implicit(hg.Exact(), damping=0.5)])
+def test_the_rule_sees_the_buffers_that_the_run_saw(method: hg.Method) -> None:
+    """The lower loss reads batch norm's running statistics, which the upper loss then moves."""
+    x, y = 2 * torch.randn(8, 3, dtype=torch.float64) + 1, torch.randn(8, 2, dtype=torch.float64)
+
+    def case() -> tuple[nn.Module, hg.Trajectory, dict[str, Tensor]]:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.BatchNorm1d(3, momentum=0.5), nn.Linear(3, 2)).double()
+        lower = {name: p.detach().clone() for name, p in net.named_parameters()}
+        upper = {"u": torch.tensor(0.3, dtype=torch.float64, requires_grad=True)}
+
+        def loss(w: Params, u: Params, _: Any) -> Tensor:
+            net.eval()
+            return (functional_call(net, w, (x,)) - y).square().mean() * u["u"].exp()
+
+        record = method.recording(3)
+        return net, hg.descend(loss, lower, upper, optimizer=SGD, batches=[None] * 3, recording=record), upper
+
+    def judge(net: nn.Module, w: Params) -> Tensor:
+        net.train()
+        return (functional_call(net, w, (3 * x,)) - y).square().mean()
+
+    net, run, upper = case()
+    right = hg.hypergradient(lambda w, u, _: judge(net, w), run, upper, method=method).grad["u"]
+    net, run, upper = case()
+    judge(net, hg.best_response(run, upper, method=method)).backward()
+    assert relative_error({"u": upper["u"].grad}, {"u": right}) < 1e-12

@@ -151,12 +151,54 @@ def test_what_a_solver_returns_is_checked(what: Any, message: str) -> None:
 # --- tensors, modes, functions ----------------------------------------------------------------------------------------
 
 
-def test_a_stop_gradient_in_a_loss_is_named_as_the_usual_cause() -> None:
-    def average(w: Any, u: Any, b: Any) -> Tensor:
-        return ((w["w"] - w["w"].detach() * u["c"]) ** 2).sum()
+def by_detach(w: Tensor) -> Tensor:
+    return w.detach()
 
-    with pytest.raises(ValueError, match=r"stop-gradient.*running average.*meant.*product_check=False.*culprits"):
-        hg.check_product(average, W, U)
+
+def by_no_grad(w: Tensor) -> Tensor:
+    with torch.no_grad():
+        return w.exp()
+
+
+@torch.no_grad()
+def by_decorator(w: Tensor) -> Tensor:
+    return w.exp()
+
+
+def by_data(w: Tensor) -> Tensor:
+    return w.data
+
+
+def by_straight_through(w: Tensor) -> Tensor:
+    return w + ((w > 0.5).to(w.dtype) - w).detach()
+
+
+@pytest.mark.parametrize("stop", [by_detach, by_no_grad, by_decorator, by_data, by_straight_through])
+def test_a_stop_gradient_in_a_loss_is_taken_as_autograd_takes_it(stop: Any) -> None:
+    def loss(w: Any, u: Any, b: Any) -> Tensor:
+        return ((w["w"] - stop(w["w"]) * u["c"]) ** 2).sum()
+
+    with pytest.warns(UserWarning, match=r"the lower loss: a \.detach\(\) or torch\.no_grad\(\) holds back"):
+        hg.check_product(loss, W, U)
+
+
+def test_a_stop_gradient_hides_no_wrong_product() -> None:
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.x = x.detach()
+            return x**3
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> Tensor:
+            return 3 * ctx.x**2 * grads[0]
+
+    def loss(w: Any, u: Any, b: Any) -> Tensor:
+        value: Tensor = ((Once.apply(w["w"]) - w["w"].detach() * u["c"]) ** 2).sum()  # type: ignore[no-untyped-call]
+        return value
+
+    with pytest.raises(ValueError, match=r"second derivative is wrong.*running average.*product_check=False.*culprits"):
+        hg.check_product(loss, W, U)
 
 
 def test_inference_mode_is_named() -> None:

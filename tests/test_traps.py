@@ -564,6 +564,18 @@ def test_once_differentiable_functions_raise(method: str) -> None:
         hg.hypergradient(lambda w, u, b: w["w"].sum(), run, upper, method=METHODS[first_order])
 
 
+@pytest.mark.parametrize("method", ["CG", "Unrolled", "Forward", "retained"])
+def test_once_differentiable_functions_raise_where_the_loss_is_linear_behind_them(method: str) -> None:
+    chosen = METHODS.get(method, hg.Unrolled(retain=1.0))
+    upper = {"u": torch.ones(2)}
+    loss = lambda w, u, b: Cube.apply(w["w"]).sum() + (w["w"] * u["u"]).square().sum()  # noqa: E731
+    with pytest.raises(ValueError, match="no second derivative.*hg.FiniteDifference"):
+        run = hg.descend(
+            loss, {"w": torch.ones(2)}, upper, optimizer=SGD, batches=[None] * 2, recording=chosen.recording(2)
+        )
+        hg.hypergradient(lambda w, u, b: w["w"].sum(), run, upper, method=chosen)
+
+
 def test_a_kernel_without_second_derivative_is_named() -> None:
     upper = {"u": torch.ones(4)}
 

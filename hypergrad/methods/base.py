@@ -20,6 +20,7 @@ from hypergrad._flat import Params
 from hypergrad._functional import in_transform, scalar
 from hypergrad._result import Result, Stats
 from hypergrad._tape import named
+from hypergrad._untouched import going_on_from
 from hypergrad.averaged import Averaged, over_parts
 from hypergrad.step import Recording
 from hypergrad.trajectory import Trajectory
@@ -160,7 +161,8 @@ class ResponseMethod(Method):
     ) -> Total:
         """Return the direct derivative of the upper loss plus the rule's pullback of its lower one."""
         value, cotangent, direct = partials(upper_loss, trajectory, upper, batch)
-        pulled = self.vjp(trajectory, upper, cotangent, state)
+        with going_on_from(trajectory.buffers):
+            pulled = self.vjp(trajectory, upper, cotangent, state)
         check_pulled(self, pulled, upper)
         if not direct and not pulled.grad:
             raise ValueError(

@@ -15,7 +15,7 @@ from hypergrad._flat import Params, as_params, check_params
 from hypergrad._functional import check_signature, in_transform
 from hypergrad._result import Result, SolveError, Stats
 from hypergrad._tape import vjp
-from hypergrad._untouched import untouched
+from hypergrad._untouched import going_on_from, untouched
 from hypergrad.methods._solve import breakdowns_raise
 from hypergrad.methods.base import (
     Method,
@@ -178,7 +178,7 @@ def best_response(traj: Trajectory, upper: Mapping[str, Tensor], *, method: Meth
 
     def once(cotangent: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
         params = as_params(dict(zip(names, tensors, strict=True)))
-        with untouched(traj.layout.device):
+        with untouched(traj.layout.device), going_on_from(traj.buffers):
             outcome = method.vjp(traj, params, cotangent.detach())
         check_pulled(method, outcome, params)
         if throw and not in_transform():

@@ -399,6 +399,40 @@ def test_select_and_no_data() -> None:
     assert set(own) == {(c, d, k) for c in (100, 200) for d in (0, 10) for k in (0, 1)}
 
 
+class Slotted:
+    """A batch sampler without attributes."""
+
+    __slots__ = ()
+
+    def __iter__(self) -> Any:
+        return iter([[0, 1], [2, 3]])
+
+
+class Endless(torch.utils.data.IterableDataset[Tensor]):
+    def __iter__(self) -> Any:
+        return iter(torch.arange(4.0))
+
+
+@pytest.mark.parametrize(
+    ("data", "options"),
+    [
+        (torch.arange(4.0), {"batch_sampler": [[0, 1], [2, 3]]}),
+        (torch.arange(4.0), {"batch_sampler": Slotted()}),
+        (Endless(), {"batch_size": 2}),
+        (Endless(), {"batch_size": None}),
+    ],
+)
+def test_any_loader_serves(data: Any, options: Any) -> None:
+    a, u = Vec(N, 1), Vec(N, 2)
+    loader: Any = torch.utils.data.DataLoader(data, **options)
+    run = engine(
+        problem("low", a, lambda m, x: low(m, None) + 0.0 * x.sum(), data=loader, steps=3, method=EXACT),
+        problem("up", u, top),
+    )
+    run.run(2)
+    assert run.state_dict()["num_steps"] == 2
+
+
 def test_loaders_of_different_lengths_begin_again_by_themselves() -> None:
     seen: dict[str, list[int]] = {"low": [], "up": []}
 

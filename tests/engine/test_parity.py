@@ -350,6 +350,99 @@ def test_a_lower_step_leaves_other_gradients_alone() -> None:
         assert torch.equal(p.grad, g)
 
 
+class Extragradient(torch.optim.Optimizer):
+    """Steps along the gradient found one step ahead; parameters are moved behind autograd's back if `data`."""
+
+    def __init__(self, params: Any, lr: float, *, data: bool, clear: bool) -> None:
+        super().__init__(params, {"lr": lr})
+        self.data, self.clear = data, clear
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        assert closure is not None
+        if self.clear:
+            self.zero_grad()
+        parameters = [p.data if self.data else p for group in self.param_groups for p in group["params"]]
+        originals: list[Tensor] = [p for group in self.param_groups for p in group["params"]]
+        lr = self.param_groups[0]["lr"]
+        before = [p.detach().clone() for p in originals]
+        with torch.enable_grad():
+            value = closure()
+        with torch.no_grad():
+            for p, original in zip(parameters, originals, strict=True):
+                p.sub_(original.grad, alpha=lr)  # type: ignore[arg-type]
+        with torch.enable_grad():
+            closure()
+        with torch.no_grad():
+            for p, original, old in zip(parameters, originals, before, strict=True):
+                p.copy_(old).sub_(original.grad, alpha=lr)  # type: ignore[arg-type]
+        return value
+
+
+@pytest.mark.parametrize("data", [False, True])
+@pytest.mark.parametrize("clear", [False, True])
+def test_optimizers_that_turn_out_to_need_a_closure_step_as_by_hand(data: bool, clear: bool) -> None:
+    x, y = torch.randn(20, 4), torch.randn(20, 1)
+
+    def make() -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(1)
+        net = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1))
+        return net, Extragradient(net.parameters(), 0.3, data=data, clear=clear)
+
+    net, optimizer = make()
+    up = nn.Linear(1, 1)
+    lower = hg.Problem(
+        "net",
+        module=net,
+        loss=lambda m, _: F.mse_loss(m.net(x), y) * m.up.weight.exp().squeeze(),
+        optimizer=optimizer,
+        data=[None],
+        steps=3,
+        method=hg.Implicit(hg.CG(2), damping=10.0),
+    )
+    upper = hg.Problem(
+        "up",
+        module=up,
+        loss=lambda m, _: F.mse_loss(m.net(x), y),
+        optimizer=torch.optim.SGD([up.weight], lr=0.0),
+        data=[None],
+    )
+    hg.Engine([lower, upper]).step()
+    other, by_hand = make()
+    scale = up.weight.detach().exp().squeeze()
+
+    def closure() -> Tensor:
+        by_hand.zero_grad()
+        value = F.mse_loss(other(x), y) * scale
+        value.backward()
+        return value
+
+    for _ in range(3):
+        by_hand.step(closure)  # type: ignore[arg-type]
+    for p, q in zip(net.parameters(), other.parameters(), strict=True):
+        assert torch.allclose(p, q, rtol=1e-6)
+
+
+def test_a_closure_asked_for_on_an_upper_level_is_refused() -> None:
+    net, up = nn.Linear(1, 1), nn.Linear(1, 1)
+    lower = hg.Problem(
+        "net",
+        module=net,
+        loss=lambda m, x: ((m.net(x) - m.up(x)) ** 2).mean(),
+        optimizer=torch.optim.SGD(net.parameters(), lr=0.1),
+        data=[torch.ones(2, 1)],
+        method=hg.OneStep(step_size=0.1),
+    )
+    upper = hg.Problem(
+        "up",
+        module=up,
+        loss=lambda m, x: m.net(x).square().mean(),
+        optimizer=Extragradient(up.parameters(), 0.1, data=False, clear=False),
+        data=[torch.ones(2, 1)],
+    )
+    with pytest.raises(ValueError, match="problem 'up': Extragradient evaluates its loss several times a step"):
+        hg.Engine([lower, upper]).step()
+
+
 def test_optimizers_with_closures_evaluate_as_often_as_by_hand() -> None:
     """L-BFGS: same parameters, and as many dropout draws as its own closure would take."""
     x, y = torch.randn(20, 4), torch.randn(20, 1)

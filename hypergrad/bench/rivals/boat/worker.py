@@ -47,10 +47,7 @@ class Boat(Contender):
                 Offer("CG", {"k": n, "tolerance": 1e-10, "lr": step})
                 for n in ((20, 80) if few else (5, 10, 20, 40, 80))
             ),
-            *(
-                Offer("NS", {"k": n, "tolerance": 1e-10, "lr": step})
-                for n in ((20, 160) if few else (10, 40, 160))
-            ),
+            *(Offer("NS", {"k": n, "tolerance": 1e-10, "lr": step}) for n in ((20, 160) if few else (10, 40, 160))),
             Offer("FD", {"r": 0.01, "lr": step}),
         ]
 
