@@ -159,8 +159,7 @@ def buffers_at_first() -> Buffers:
     """Return what the modules called so far found in their buffers at their first call."""
     if not _open or torch.compiler.is_compiling():
         return {}
-    found = _open[-1]._begun.items()
-    return {key: (buffer, constant(held.clone() if held is buffer else held)) for key, (buffer, held) in found}
+    return {key: (buffer, constant(held.clone())) for key, (buffer, held) in _open[-1]._begun.items()}
 
 
 @contextlib.contextmanager
