@@ -142,6 +142,17 @@ def _changes(gradient: Tensor, hook: Callable[[Tensor], Tensor | None]) -> bool:
     return changed is not None and not torch.equal(changed, gradient)
 
 
+def padding_rows(problem: Problem) -> Params:
+    """Return marks on the rows of embeddings for padding, by the parameters' names: look-ups give them no gradient."""
+    marks: Params = {}
+    for path, module in problem.module.named_modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.padding_idx is not None:
+            mark = torch.zeros_like(module.weight, dtype=torch.bool)
+            mark[module.padding_idx] = True
+            marks[f"{path}.weight" if path else "weight"] = mark
+    return marks
+
+
 def goes_back(runner: Runner) -> bool:
     """Return whether the problem's method differentiates the steps of its run, of which there is a record."""
     method = runner.problem.method

@@ -19,7 +19,7 @@ from hypergrad._tape import add
 from hypergrad._untouched import untouched
 from hypergrad.averaged import plain
 from hypergrad.callbacks.base import Callback
-from hypergrad.checks import arrange, check_runner, check_task_buffers, goes_back
+from hypergrad.checks import arrange, check_runner, check_task_buffers, goes_back, padding_rows
 from hypergrad.coupling import by_problem, ravel, settle
 from hypergrad.distributed import Signals
 from hypergrad.distributed.launch import begin_alike, check_alike, choose_ranks, rank_stream
@@ -32,7 +32,7 @@ from hypergrad.methods import Pulled, Reptile, ResponseMethod
 from hypergrad.methods.base import Total, check_pulled
 from hypergrad.network import Network
 from hypergrad.problem import Problem
-from hypergrad.product_check import check_product
+from hypergrad.product_check import check
 from hypergrad.reads import Reads, dry_reads
 from hypergrad.replay_check import check_replay
 from hypergrad.runner import Runner
@@ -516,7 +516,7 @@ class Engine:
         lower = {key: p.detach() for key, p in runner.used.items()}
         batch = self._shard(runner, self._first_batch(runner.problem))
         with self._own_draws():
-            check_product(plain(runner.loss), lower, upper, batch, name=f"problem {runner.name!r}")
+            check(plain(runner.loss), lower, upper, batch, f"problem {runner.name!r}", padding_rows(runner.problem))
 
     # --- saving and going on -----------------------------------------------------------------------------------------
 

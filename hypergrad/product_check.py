@@ -75,12 +75,31 @@ def check_product(
         >>> hg.check_product(loss, {"w": torch.ones(2)}, {"c": torch.ones(2)})
     """
     check_params(lower, "lower")
-    found, dtype = _find(lower_loss, lower, upper, batch)
+    check(lower_loss, lower, upper, batch, name, {})
+
+
+def check(
+    lower_loss: Loss,
+    lower: Mapping[str, Tensor],
+    upper: Mapping[str, Tensor],
+    batch: Any,
+    name: str,
+    resting: Mapping[str, Tensor],
+) -> None:
+    """Do what `check_product` does, in a direction that leaves entries alone which have no gradient.
+
+    Only those are left alone that `resting` marks, by name: they stay where they are as long as they have none.
+    """
+
+    def found_by(loss: Loss) -> tuple[tuple[str, float] | None, torch.dtype]:
+        return _find(loss, lower, upper, batch, resting)
+
+    found, dtype = found_by(lower_loss)
     if found is None:
         return
     where, error = found
     difference = f"a Hessian product differs from a finite difference of the gradient by {100 * error:.2g}%"
-    if _only_stopped(lower_loss, lower, upper, batch):
+    if _only_stopped(lower_loss, found_by):
         warnings.warn(
             f"{name}: a .detach() or torch.no_grad() holds back a part of its gradient, so that at {where} "
             f"{difference}. What is held back is taken as a constant, as autograd takes it; for the derivative of the "
@@ -98,7 +117,11 @@ def check_product(
 
 
 def _find(
-    lower_loss: Loss, lower: Mapping[str, Tensor], upper: Mapping[str, Tensor], batch: Any
+    lower_loss: Loss,
+    lower: Mapping[str, Tensor],
+    upper: Mapping[str, Tensor],
+    batch: Any,
+    resting: Mapping[str, Tensor],
 ) -> tuple[tuple[str, float] | None, torch.dtype]:
     """Return where the product is wrong and by how much, or None; and the dtype of the comparison."""
     constants, known = as_params(lower), as_params(upper)
@@ -113,15 +136,15 @@ def _find(
             with _Double():
                 return lower_loss(w, u, b).double()
 
-        return _compare(double_loss, double_lower, double_upper, double_batch, drawn), wide
+        return _compare(double_loss, double_lower, double_upper, double_batch, drawn, resting), wide
     except Exception:  # what cannot run in float64 is checked as it is, which raises what there is to raise
-        found = _compare(lower_loss, constants, known, batch, drawn)
+        found = _compare(lower_loss, constants, known, batch, drawn, resting)
         if any(torch.finfo(w.dtype).eps > 1e-5 for w in constants.values()):
             found = None  # differences of half-precision gradients are rounding: only the raising was of use
         return found, Layout.of(constants).dtype
 
 
-def _only_stopped(lower_loss: Loss, lower: Mapping[str, Tensor], upper: Mapping[str, Tensor], batch: Any) -> bool:
+def _only_stopped(lower_loss: Loss, found_by: Callable[[Loss], tuple[tuple[str, float] | None, torch.dtype]]) -> bool:
     """Return whether the loss stops gradients, and its products are right where these go through."""
     through = _LetThrough()
 
@@ -130,14 +153,19 @@ def _only_stopped(lower_loss: Loss, lower: Mapping[str, Tensor], upper: Mapping[
             return lower_loss(w, u, b)
 
     try:
-        found, _ = _find(whole, lower, upper, batch)
+        found, _ = found_by(whole)
     except Exception:  # not made for it: in-place changes of buffers, for one
         return False
     return through.stopped and found is None
 
 
 def _compare(
-    lower_loss: Loss, lower: Params, upper: Params, batch: Any, drawn: RandomState | None
+    lower_loss: Loss,
+    lower: Params,
+    upper: Params,
+    batch: Any,
+    drawn: RandomState | None,
+    resting: Mapping[str, Tensor],
 ) -> tuple[str, float] | None:
     """Return where the product is wrong and by how much, or None."""
     layout = Layout.of(lower)
@@ -153,6 +181,10 @@ def _compare(
 
     with untouched(layout.device):
         taped = tape(slope, flat, upper, kind="auto")
+        if resting:
+            marks = {key: resting.get(key, torch.zeros_like(w)) for key, w in lower.items()}
+            rests = (layout.ravel({key: mark.to(flat) for key, mark in marks.items()}) > 0) & (taped.value == 0)
+            direction = direction.masked_fill(rests, 0.0)
         product = layout.unravel(taped.pull_lower(direction))
         mixed = taped.pull_upper(direction) if upper else {}
     del taped

@@ -725,3 +725,61 @@ def test_a_record_stays_when_the_callers_tensors_change_in_place(names: list[str
     half = len(found) // 2
     for kept, expected in zip(found[half:], found[:half], strict=True):
         assert torch.equal(kept, expected)
+
+
+class Tagger(nn.Module):
+    """Words with padding, scored by a head of its own or by the words themselves."""
+
+    def __init__(self, *, tied: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words = nn.Embedding(6, 4, padding_idx=0)
+        self.head = nn.Linear(4, 6, bias=False)
+        if tied:
+            self.head.weight = self.words.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.words(x)).mean(1))
+
+
+def tagging(*, tied: bool) -> tuple[hg.Engine, nn.Module]:
+    net, up = Tagger(tied=tied).double(), nn.Linear(1, 1).double()
+    x = torch.tensor([[1, 2, 0], [3, 0, 0], [4, 5, 1]])
+    y = torch.tensor([0, 2, 4])
+    lower = hg.Problem(
+        "net",
+        module=net,
+        loss=lambda m, _: F.cross_entropy(m.net(x), y) * m.up.weight.exp().squeeze(),
+        optimizer=torch.optim.SGD(net.parameters(), lr=0.5, momentum=0.9, weight_decay=0.1),
+        data=[None],
+        steps=3,
+        method=hg.Unrolled(),
+    )
+    upper = hg.Problem(
+        "up",
+        module=up,
+        loss=lambda m, _: F.cross_entropy(m.net(x), y.flip(0)),
+        optimizer=torch.optim.SGD(up.parameters(), lr=0.0),
+        data=[None],
+    )
+    return hg.Engine([lower, upper]), up
+
+
+def test_padding_rows_that_rest_are_no_wrong_product() -> None:
+    torch.manual_seed(1)
+    values = []
+    for shift in (0.0, 1e-5, -1e-5):
+        torch.manual_seed(2)
+        engine, up = tagging(tied=False)
+        with torch.no_grad():
+            up.weight += shift
+        values.append(float(engine.run(1)["up.loss"][0]))
+        if not shift:
+            assert up.weight.grad is not None
+            slope = float(up.weight.grad)
+    assert slope == pytest.approx((values[1] - values[2]) / 2e-5, rel=1e-6)
+
+
+def test_padding_rows_that_move_are_found() -> None:
+    with pytest.raises(ValueError, match=r"problem 'net': its second derivative is wrong at lower\['words.weight'\]"):
+        tagging(tied=True)
