@@ -159,7 +159,12 @@ def buffers_at_first() -> Buffers:
     """Return what the modules called so far found in their buffers at their first call."""
     if not _open or torch.compiler.is_compiling():
         return {}
-    return {key: (buffer, constant(held.clone())) for key, (buffer, held) in _open[-1]._begun.items()}
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+    for key, (buffer, held) in _open[-1]._begun.items():
+        _, copy, version = _open[-1]._latest[key]
+        as_it_was = copy._version == version and key not in _open[-1]._written
+        found[key] = buffer, constant(copy if as_it_was else held.clone())
+    return found
 
 
 @contextlib.contextmanager
