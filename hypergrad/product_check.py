@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -21,8 +22,8 @@ from hypergrad._untouched import untouched
 from hypergrad.solvers._probes import gaussian
 
 _MEANT = (
-    "a running average of the network's own output or parameters, as in MoCo, DINO's centre, or BatchNorm in train and "
-    "in eval mode"
+    "a stop-gradient (.detach(), torch.no_grad()) or a running average of the network's own output or parameters, as "
+    "in VAT, MoCo, DINO's centre, or BatchNorm in train and in eval mode"
 )
 _CULPRITS = (
     "torch.utils.checkpoint inside functional_call (it recomputes with other parameters), "
@@ -110,7 +111,7 @@ def check(
         return
     raise ValueError(
         f"{name}: its second derivative is wrong at {where}: {difference} (in {dtype}), and torch does not notice. "
-        f"If the loss holds back a part of its own gradient, by {_MEANT}, the difference is meant: turn "
+        f"If the loss holds back a part of its own gradient, by {_MEANT}, then the difference is meant: turn "
         f"this check off, Engine(product_check=False). Other culprits: {_CULPRITS}. Replace the module or "
         "operation, or use a method without second derivatives (hg.FiniteDifference, hg.SAMA, hg.Penalty)."
     )
@@ -156,7 +157,9 @@ def _only_stopped(lower_loss: Loss, found_by: Callable[[Loss], tuple[tuple[str, 
         found, _ = found_by(whole)
     except Exception:  # not made for it: in-place changes of buffers, for one
         return False
-    return through.stopped and found is None
+    finally:
+        through.close()
+    return bool(through.passed) and found is None
 
 
 def _compare(
@@ -198,7 +201,7 @@ def _compare(
             if len(ends) != len(estimates):
                 continue
             errors = [float((exact[key].to(layout.dtype) - end).norm()) for end in ends]
-            size = max(float(ends[-1].norm()), 1e-2 * total) or float(exact[key].norm())
+            size = max(float(ends[-1].norm()), 1e-2 * total)
             settled = min(errors) > 4 * float((ends[0] - ends[1]).norm())
             relative = min(errors) / size if size > 0 else 0.0
             if settled and relative > _TOLERANCE[layout.dtype] and (worst is None or relative > worst[1]):
@@ -266,6 +269,8 @@ class _Double(TorchFunctionMode):
 
 
 _STOPS = (torch.Tensor.detach, torch.detach, torch.Tensor.data.__get__)  # type: ignore[attr-defined]
+_LEAVES = (torch.Tensor.numpy, torch.Tensor.__array__)
+"""What refuses tensors that require gradients."""
 _SET_GRAD = torch._C._set_grad_enabled
 _AROUND = ("torch.autograd.grad_mode", "torch.utils._contextlib")
 """Where `torch.no_grad()` sets the mode for its caller."""
@@ -274,17 +279,28 @@ _AROUND = ("torch.autograd.grad_mode", "torch.utils._contextlib")
 class _LetThrough(TorchFunctionMode):
     """Gradients go through `.detach()` and `torch.no_grad()` of the caller's code in the body."""
 
-    stopped = False
-    """Whether there were any that mattered."""
+    def __init__(self) -> None:
+        super().__init__()
+        self.passed: list[Tensor | None] = []
+        """What went through; None for a mode that was not set."""
 
     def __torch_function__(
         self, function: Any, _types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         stops = function in _STOPS and args[0].requires_grad
         if (stops or (function is _SET_GRAD and not args[0])) and _is_users(sys._getframe(1)):
-            self.stopped = True
-            return args[0] if stops else None
+            self.passed.append(args[0].clone() if stops else None)
+            return self.passed[-1]
+        if function in _LEAVES and args[0].requires_grad:
+            args = (args[0].detach(), *args[1:])
         return function(*args, **(kwargs or {}))
+
+    def close(self) -> None:
+        """Cut off what went through: the caller's objects may hold it."""
+        for tensor in self.passed:
+            if tensor is not None:
+                with contextlib.suppress(RuntimeError):
+                    tensor.detach_()
 
 
 def _is_users(frame: FrameType | None) -> bool:

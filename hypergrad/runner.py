@@ -256,10 +256,12 @@ class Runner:
 
     def template(self) -> Bound:
         """Return the optimizer that the run of each task begins with, its learning rates as they are scheduled."""
+        if self.stepper.schedulers:
+            return self.bind(rates=scheduled_rates(self.problem))
         options = self._options()
         if self._template is not None and self._template[0] == options:
             return self._template[1]
-        bound = self.bind(rates=scheduled_rates(self.problem) if self.stepper.schedulers else None)
+        bound = self.bind()
         self._template = None if _hold_tensors(options) else (options, bound)
         return bound
 

@@ -47,9 +47,9 @@ class Stepper:
         with _options(optimizer, hyper, problem.name) if hyper else contextlib.nullcontext():
             if self.takes_closure:
                 assert again is not None
-                optimizer.step(self._closure(grad, value, again))  # type: ignore[arg-type]
+                optimizer.step(self._closure(value, again))  # type: ignore[arg-type]
             else:
-                self._step(grad, value, again)
+                self._step(value, again)
         torch.autograd.graph.increment_version(self.variables.values())  # fused steps do not count as changes
         if problem.project is not None:
             with torch.no_grad():
@@ -62,32 +62,35 @@ class Stepper:
             else:
                 scheduler.step()
 
-    def _step(self, grad: Params, value: Tensor, again: Again | None) -> None:
+    def _step(self, value: Tensor, again: Again | None) -> None:
         """Step without a closure; an optimizer that turns out to need one, before it has moved, gets it from now on."""
         optimizer = self.problem.optimizer
         versions = [p._version for p in self.variables.values()]
+        grads = [p.grad for p in self.variables.values()]
         try:
             optimizer.step()
         except (AssertionError, TypeError, ValueError, RuntimeError) as error:
             moved = [p._version for p in self.variables.values()] != versions
             asks = isinstance(error, AssertionError) or "closure" in str(error) or "not callable" in str(error)
-            if moved or not asks:
+            if moved or not asks or type(optimizer).__module__.startswith("torch."):
                 raise
             if again is None:
                 raise ValueError(refused_closure(self.problem)) from error
             self.takes_closure = True
-            self._set_grads(grad)
-            optimizer.step(self._closure(grad, value, again))  # type: ignore[arg-type]
+            for parameter, g in zip(self.variables.values(), grads, strict=True):
+                parameter.grad = g
+            optimizer.step(self._closure(value, again))  # type: ignore[arg-type]
 
-    def _closure(self, grad: Params, value: Tensor, again: Again) -> Callable[[], Tensor]:
-        """Return a closure that evaluates only where the parameters have moved since the gradient was taken."""
-        known = {key: g.clone() for key, g in grad.items()}  # an optimizer may clear or change the one in use
+    def _closure(self, value: Tensor, again: Again) -> Callable[[], Tensor]:
+        """Return a closure that evaluates only where the parameters have moved since `.grad` was set."""
+        known = [None if p.grad is None else p.grad.clone() for p in self.variables.values()]  # it may be cleared
         begins = [(p._version, held(p).detach().clone()) for p in self.variables.values()]  # .data has no version
 
         def closure() -> Tensor:
             pairs = zip(self.variables.values(), begins, strict=True)
             if all(p._version == version and torch.equal(held(p), place) for p, (version, place) in pairs):
-                self._set_grads({key: g.clone() for key, g in known.items()})
+                for parameter, g in zip(self.variables.values(), known, strict=True):
+                    parameter.grad = None if g is None else g.clone()
                 return value
             value_there, found = again()
             self._set_grads(found)

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import hypergrad as hg
 
@@ -176,10 +177,43 @@ def by_straight_through(w: Tensor) -> Tensor:
 @pytest.mark.parametrize("stop", [by_detach, by_no_grad, by_decorator, by_data, by_straight_through])
 def test_a_stop_gradient_in_a_loss_is_taken_as_autograd_takes_it(stop: Any) -> None:
     def loss(w: Any, u: Any, b: Any) -> Tensor:
-        return ((w["w"] - stop(w["w"]) * u["c"]) ** 2).sum()
+        return ((w["w"] - 0.5 * stop(w["w"]) * u["c"]) ** 2).sum()
 
     with pytest.warns(UserWarning, match=r"the lower loss: a \.detach\(\) or torch\.no_grad\(\) holds back"):
         hg.check_product(loss, W, U)
+
+
+def test_what_a_loss_logs_of_a_stop_gradient_carries_no_graph() -> None:
+    log: list[Tensor] = []
+
+    def loss(w: Any, u: Any, b: Any) -> Tensor:
+        held = w["w"].detach()
+        log.append(held)
+        assert held.numpy().shape == (2,)
+        return ((w["w"] - 0.5 * held * u["c"]) ** 2).sum()
+
+    with pytest.warns(UserWarning, match="holds back"):
+        hg.check_product(loss, W, U)
+    assert log
+    assert not any(x.requires_grad for x in log)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_steps_and_constant_losses_are_no_wrong_products(seed: int) -> None:
+    """Their gradients' difference quotients are zero, and products are rounding or a straight-through rule's."""
+    generator = torch.Generator().manual_seed(seed)
+    lower = {"w": torch.randn(6, 1, generator=generator)}
+    target = torch.randn(6, 1, generator=generator)
+
+    def normalized(w: Any, u: Any, b: Any) -> Tensor:
+        return (F.normalize(w["w"], dim=1) * target * u["c"][0]).sum()
+
+    def quantized(w: Any, u: Any, b: Any) -> Tensor:
+        rounded = torch.fake_quantize_per_tensor_affine(w["w"], 0.5, 0, -8, 7)
+        return ((rounded - target * u["c"][0]) ** 2).sum()
+
+    for loss in (normalized, quantized):
+        hg.check_product(loss, lower, U)
 
 
 def test_a_stop_gradient_hides_no_wrong_product() -> None:
@@ -197,7 +231,7 @@ def test_a_stop_gradient_hides_no_wrong_product() -> None:
         value: Tensor = ((Once.apply(w["w"]) - w["w"].detach() * u["c"]) ** 2).sum()  # type: ignore[no-untyped-call]
         return value
 
-    with pytest.raises(ValueError, match=r"second derivative is wrong.*running average.*product_check=False.*culprits"):
+    with pytest.raises(ValueError, match=r"wrong.*stop-gradient.*average.*meant.*product_check=False.*culprits"):
         hg.check_product(loss, W, U)
 
 

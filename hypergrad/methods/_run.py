@@ -13,6 +13,7 @@ from hypergrad._flat import Params
 from hypergrad._functional import Loss, scalar
 from hypergrad._random import RandomState, random_state, replaying
 from hypergrad._tape import add, named, upper_gradient, vjp
+from hypergrad._untouched import going_on_from
 from hypergrad.averaged import over_parts, over_ranks
 from hypergrad.methods._refusals import check_run
 from hypergrad.methods.base import Method, UpperLoss
@@ -37,7 +38,7 @@ def loss_gradient(trajectory: Trajectory, flat: Tensor, upper: Params) -> Params
     def of_part(loss: Loss, part: Any) -> Params:
         return upper_gradient(lambda u: scalar(loss(trajectory.named(flat), u, part), "the lower loss"), upper)
 
-    with replaying(random):
+    with replaying(random), going_on_from(trajectory.buffers):
         return over_parts(minimized(trajectory), batch, of_part)
 
 
@@ -62,7 +63,7 @@ def objective(
     loss = trajectory.response or trajectory.loss
     assert loss is not None
     batch, random = trajectory.samples(1)[0] if sample is None else sample
-    with replaying(random):
+    with replaying(random), going_on_from(trajectory.buffers):
         value = scalar(loss(trajectory.named(flat), upper, batch), "the lower loss")
     if not trajectory.steps:
         return value

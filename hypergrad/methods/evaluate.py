@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -167,7 +168,8 @@ def best_response(traj: Trajectory, upper: Mapping[str, Tensor], *, method: Meth
     def rule(end: Tensor, tensors: Sequence[Tensor], cotangent: Tensor) -> list[Tensor]:
         params = dict(zip(names, tensors, strict=True))
         if method.differentiable and (in_transform() or torch.is_grad_enabled()):
-            with breakdowns_raise(throw):
+            around = untouched(traj.layout.device) if traj.buffers else contextlib.nullcontext()
+            with breakdowns_raise(throw), around, going_on_from(traj.buffers):
                 pulled = method.differentiable_vjp(traj, end, params, cotangent)
             check_cotangents(method, pulled, params, "differentiable_vjp")
         elif in_transform() or torch.is_grad_enabled():

@@ -69,6 +69,23 @@ def test_a_learning_rate_changed_between_steps_counts() -> None:
     assert float(up.v.grad) == pytest.approx(0.5**3, rel=1e-12)
 
 
+def test_a_schedule_that_has_been_moved_is_followed_from_there() -> None:
+    schedules: list[Any] = []
+
+    def schedule(o: torch.optim.Optimizer) -> Any:
+        schedules.append(lr_scheduler.StepLR(o, 4, 0.5))
+        return schedules[0]
+
+    engine, optimizer, up = maml(schedule)
+    engine.step()
+    for _ in range(2):
+        optimizer.step()
+        schedules[0].step()
+    engine.step()
+    assert up.v.grad is not None
+    assert float(up.v.grad) == pytest.approx(0.8 * 0.8 * 0.9, rel=1e-12)
+
+
 def test_a_schedule_of_several_is_left_as_it_was() -> None:
     def both(o: torch.optim.Optimizer) -> lr_scheduler.LRScheduler:
         parts: list[Any] = [lr_scheduler.LinearLR(o, 0.5, 1.0, 2), lr_scheduler.CosineAnnealingLR(o, 10)]
