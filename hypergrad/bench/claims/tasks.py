@@ -187,10 +187,12 @@ def _functional(task: Task, method: Method, lower_loss: Loss, *, together: bool 
         return {name: torch.stack([grad[name] for grad in grads]) for name in task.upper}
 
     each = torch.func.vmap(one) if together else loop
-    if compile:
-        each = torch.compile(each, fullgraph=True, dynamic=False)
-    support, query = task.lower_batches[0], task.upper_batch
-    return lambda: {name: g.mean(0) for name, g in each(support, query).items()}
+
+    def mean(support: Batch, query: Batch) -> Params:
+        return {name: g.mean(0) for name, g in each(support, query).items()}
+
+    run = torch.compile(mean, fullgraph=True, dynamic=False) if compile else mean
+    return lambda: run(task.lower_batches[0], task.upper_batch)
 
 
 class _Network(nn.Module):
