@@ -7,6 +7,7 @@ allows it the tasks are one lower problem instead (see `stacked_tasks`), which s
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -230,30 +231,35 @@ def _mean(parts: Sequence[Outcome], count: int) -> Outcome:
 
 
 def _fastest(run: Callable[[int], Outcome], count: int, top: Runner) -> int:
-    """Return the faster of all tasks under one vmap and one after the other, by running each twice here."""
+    """Return the faster of all tasks under one vmap and one after the other, by running each here.
+
+    Three times in turn, and the best counts: the first warms up, and a machine is not always quiet.
+    """
     if count == 1:
         return 1
     device = top.layout.device
     random = random_state(device)
-    times: dict[int, float] = {}
-    for chunk in (count, 1):
-        try:
-            for _ in range(2):
-                restore_random_state(random)
-                began = time.perf_counter()
+    best = {count: math.inf, 1: math.inf}
+    for _ in range(3):
+        for chunk in best:
+            restore_random_state(random)
+            began = time.perf_counter()
+            try:
                 float(run(chunk)["value"])
-                times[chunk] = time.perf_counter() - began
-        except RuntimeError as error:
-            if chunk == 1:
-                raise
-            warnings.warn(
-                f"problem {top.name!r}: its tasks cannot run under vmap ({error}); they run one after the other "
-                f"(chunk=1).",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            except RuntimeError as error:
+                if chunk == 1:
+                    raise
+                warnings.warn(
+                    f"problem {top.name!r}: its tasks cannot run under vmap ({error}); they run one after the other "
+                    f"(chunk=1).",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+                restore_random_state(random)
+                return 1
+            best[chunk] = min(best[chunk], time.perf_counter() - began)
     restore_random_state(random)
-    return min(times, key=times.__getitem__)
+    return min(best, key=best.__getitem__)
 
 
 def _stacked_buffers(runners: Sequence[Runner], count: int) -> Params:
