@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -48,22 +49,25 @@ class _StandIns:
 
     A copy that a call has written to is copied again for the next call: the graph of the first may have saved it.
     One opened inside another begins with what the calls before have written, and only the innermost watches: two
-    that swap the same buffers would put each other's copies back.
+    that swap the same buffers would put each other's copies back. Other threads of the program are let be.
     """
 
     def __init__(self) -> None:
+        self.thread = threading.get_ident()
         self._latest: dict[int, tuple[Tensor, Tensor, int]] = {}  # by the buffer's id: it, its copy, the copy's version
         self._copies: dict[int, Tensor] = {}  # by id, so that a copy is known as one
         self._written: set[int] = set()  # by the buffer's id: those that calls have changed
         self._begun: dict[int, tuple[Tensor, Tensor]] = {}  # by the buffer's id: it, and what held its value at first
+        self._versions: dict[int, int] = {}  # by the buffer's id: its own version, which no call is to change
         self._frames: list[_Frame] = []
         self._inside: set[int] = set()
 
     def __enter__(self) -> _StandIns:
-        if _open:
-            _open[-1].look_away()
-            self._latest = {key: (buffer, copy, _NEVER) for key, (buffer, copy, _) in _open[-1]._latest.items()}
-            self._written = set(_open[-1]._written)
+        outer = _innermost()
+        if outer is not None:
+            outer.look_away()
+            self._latest = {key: (buffer, copy, _NEVER) for key, (buffer, copy, _) in outer._latest.items()}
+            self._written = set(outer._written)
             self._begun = {key: (buffer, copy) for key, (buffer, copy, _) in self._latest.items()}
         self.watch()
         _open.append(self)
@@ -74,8 +78,9 @@ class _StandIns:
         self.look_away()
         while self._frames:
             self._restore(self._frames.pop())
-        if _open:
-            _open[-1].watch()
+        outer = _innermost()
+        if outer is not None:
+            outer.watch()
 
     def watch(self) -> None:
         """Be called around every module's forward."""
@@ -91,6 +96,8 @@ class _StandIns:
             handle.remove()
 
     def _enter_module(self, module: nn.Module, _args: Any) -> None:
+        if not _works_for(self.thread):
+            return
         frame = _Frame([], set())
         self._frames.append(frame)
         if id(module) in self._inside:
@@ -101,6 +108,8 @@ class _StandIns:
                 continue
             for name, buffer in () if bare else inner._buffers.items():
                 if buffer is not None and id(buffer) not in self._copies:
+                    if not buffer.is_inference():
+                        self._check_unwritten(inner, name, buffer)
                     frame.swapped.append((inner, name, buffer))
                     inner._buffers[name] = self._stand_in(buffer)
                     if name.startswith("running_") and inner.training:
@@ -110,8 +119,15 @@ class _StandIns:
         self._inside |= frame.entered
 
     def _leave_module(self, _module: nn.Module, _args: Any, _output: Any) -> None:
-        if self._frames:
+        if self._frames and _works_for(self.thread):
             self._restore(self._frames.pop())
+
+    def _check_unwritten(self, module: nn.Module, name: str, buffer: Tensor) -> None:
+        if self._versions.setdefault(id(buffer), buffer._version) != buffer._version:
+            raise ValueError(
+                f"the buffer {name!r} of a {type(module).__name__} is written outside of its module's forward while a "
+                "run is recorded or replayed, where a replay would not find it as it was. Write it inside forward."
+            )
 
     def _stand_in(self, buffer: Tensor) -> Tensor:
         known = self._latest.get(id(buffer))
@@ -145,9 +161,9 @@ Buffers = Mapping[int, tuple[Tensor, Tensor]]
 
 def buffers_left() -> Buffers | None:
     """Return what calls of modules have left in those buffers that they changed; None where modules are not watched."""
-    if not _open or torch.compiler.is_compiling():
+    watching = None if torch.compiler.is_compiling() else _innermost()
+    if watching is None:
         return None
-    watching = _open[-1]
     latest = watching._latest
     watching._written |= {key for key, (_, copy, version) in latest.items() if version not in (_NEVER, copy._version)}
     left = {key: (latest[key][0], constant(latest[key][1])) for key in watching._written if key in latest}
@@ -157,12 +173,13 @@ def buffers_left() -> Buffers | None:
 
 def buffers_at_first() -> Buffers:
     """Return what the modules called so far found in their buffers at their first call."""
-    if not _open or torch.compiler.is_compiling():
+    watching = None if torch.compiler.is_compiling() else _innermost()
+    if watching is None:
         return {}
     found: dict[int, tuple[Tensor, Tensor]] = {}
-    for key, (buffer, held) in _open[-1]._begun.items():
-        _, copy, version = _open[-1]._latest[key]
-        as_it_was = copy._version == version and key not in _open[-1]._written
+    for key, (buffer, held) in watching._begun.items():
+        _, copy, version = watching._latest[key]
+        as_it_was = copy._version == version and key not in watching._written
         found[key] = buffer, constant(copy if as_it_was else held.clone())
     return found
 
@@ -170,10 +187,10 @@ def buffers_at_first() -> Buffers:
 @contextlib.contextmanager
 def going_on_from(left: Buffers | None) -> Iterator[None]:
     """Let modules find in their buffers what `buffers_left` told; what they leave there is forgotten."""
-    if left is None or not _open or torch.compiler.is_compiling():
+    watching = None if left is None or torch.compiler.is_compiling() else _innermost()
+    if left is None or watching is None:
         yield
         return
-    watching = _open[-1]
     present = watching._latest
     watching._latest = {key: (buffer, copy, _NEVER) for key, (buffer, copy) in left.items()}
     try:
@@ -191,11 +208,21 @@ class RunsOnClones(nn.Module):
 
 def is_watching() -> bool:
     """Return whether modules are being watched: our hooks are called around each."""
-    return bool(_open)
+    return _innermost() is not None
 
 
 _open: list[_StandIns] = []
-"""Those whose context has been entered and not left, outermost first; the last one watches."""
+"""Those whose context has been entered and not left, of all threads, outermost first."""
+
+
+def _innermost() -> _StandIns | None:
+    """Return the one that watches what this thread calls."""
+    return next((stand_ins for stand_ins in reversed(_open) if _works_for(stand_ins.thread)), None)
+
+
+def _works_for(thread: int) -> bool:
+    """Return whether this is `thread`, or one that Python did not start: a backward pass has some on accelerators."""
+    return threading.get_ident() == thread or type(threading.current_thread()).__name__ == "_DummyThread"
 
 
 def called_modules(function: Callable[[], Any]) -> set[nn.Module]:
@@ -232,9 +259,10 @@ def on_copies(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Run the body with `modules` on copies of their buffers, without our hooks, which would be compiled too."""
     stand_ins, modules = _StandIns(), [module for module in modules if not isinstance(module, RunsOnClones)]
     found = {inner: inner.training for module in modules for inner in module.modules()}
-    patched, nn.Module.train = nn.Module.train, _train  # type: ignore[method-assign]
-    for innermost in _open[-1:]:
-        innermost.look_away()
+    nn.Module.train = _train  # type: ignore[method-assign]
+    outer = _innermost()
+    if outer is not None:
+        outer.look_away()
     for module in modules:
         stand_ins._enter_module(module, ())
     try:
@@ -242,30 +270,44 @@ def on_copies(modules: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for module in reversed(modules):
             stand_ins._leave_module(module, (), None)
-        for innermost in _open[-1:]:
-            innermost.watch()
-        nn.Module.train = patched  # type: ignore[method-assign]
+        if outer is not None:
+            outer.watch()
+        with _noting:
+            _note_modes()
         for inner, training in found.items():
             inner.training = training
 
 
 _train = nn.Module.train
+_noted: list[tuple[int, dict[nn.Module, bool]]] = []
+"""The modes that modules had before `.train()` and `.eval()`, by the thread whose calls are noted."""
+_noting = threading.Lock()
+
+
+def _note_modes() -> None:
+    """Let `.train()` note modes while anyone asks for them."""
+    nn.Module.train = _noting_train if _noted else _train  # type: ignore[method-assign, assignment]
+
+
+def _noting_train(module: nn.Module, mode: bool = True) -> nn.Module:
+    for thread, found in tuple(_noted):
+        if _works_for(thread):
+            found.setdefault(module, module.training)
+    return _train(module, mode)
 
 
 @contextlib.contextmanager
 def _modes_restored() -> Iterator[None]:
     """Undo what `.train()` and `.eval()` do in the body."""
-    found: dict[nn.Module, bool] = {}
-    original = nn.Module.train
-
-    def train(module: nn.Module, mode: bool = True) -> nn.Module:
-        found.setdefault(module, module.training)
-        return original(module, mode)
-
-    nn.Module.train = train  # type: ignore[method-assign, assignment]
+    entry: tuple[int, dict[nn.Module, bool]] = threading.get_ident(), {}
+    with _noting:
+        _noted.append(entry)
+        _note_modes()
     try:
         yield
     finally:
-        nn.Module.train = original  # type: ignore[method-assign]
-        for module, training in found.items():
+        with _noting:
+            _noted[:] = [other for other in _noted if other is not entry]
+            _note_modes()
+        for module, training in entry[1].items():
             module.training = training

@@ -81,11 +81,18 @@ def arrange(problems: Sequence[Problem | Sequence[Problem]]) -> list[list[Proble
 
 
 def _check_embeddings(problem: Problem) -> None:
-    """Raise a ValueError for embeddings that rescale their rows in place, where others differentiate the solution."""
+    """Raise a ValueError for embeddings that rescale rows in place or are sparse, where others differentiate."""
     if problem.method is None or not problem.responds:
         return
     for name, module in problem.module.named_modules():
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
+        if not isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            continue
+        if module.sparse:
+            raise ValueError(
+                f"problem {problem.name!r}: its module {name or type(module).__name__!r} has sparse=True, and no "
+                "method differentiates sparse gradients. Leave sparse False."
+            )
+        if module.max_norm is not None:
             raise ValueError(
                 f"problem {problem.name!r}: its module {name or type(module).__name__!r} has "
                 f"max_norm={module.max_norm}, which rescales rows of its weight in place whenever it is called: the "
@@ -120,20 +127,33 @@ def check_runner(runner: Runner, upper: Params) -> None:
 
 def _check_hooks(runner: Runner) -> None:
     """Raise a ValueError for hooks on parameters that no step here would call, or no derivative."""
-    name, method = runner.name, runner.problem.method
+    name, by = runner.name, _derives(runner)
     for key, parameter in runner.variables.items():
         if runner.in_place is None and getattr(parameter, "_post_accumulate_grad_hooks", None):
             raise ValueError(
                 f"problem {name!r}: {key!r} has a hook for accumulated gradients, and an engine accumulates none: it "
                 "would never be called. Use clip_norm, clip_value or project, or a hook of the optimizer."
             )
-        responds = method is not None and not isinstance(method, Reptile) and runner.problem.responds
         hooks = getattr(parameter, "_backward_hooks", None) or {}
-        if responds and any(map(partial(_changes, torch.full_like(held(parameter).detach(), 1e3)), hooks.values())):
+        if by is not None and any(
+            map(partial(_changes, torch.full_like(held(parameter).detach(), 1e3)), hooks.values())
+        ):
             raise ValueError(
-                f"problem {name!r}: {key!r} has a hook that changes its gradient, which {type(method).__name__} would "
-                "not differentiate. Change the loss instead: multiply the parameter by its mask, say."
+                f"problem {name!r}: {key!r} has a hook that changes its gradient, which {by} would not see as a whole. "
+                "Change the loss instead: multiply the parameter by its mask, say; or use clip_norm, clip_value or "
+                "project."
             )
+
+
+def _derives(runner: Runner) -> str | None:
+    """Return which method differentiates the problem's run, or makes a part of its gradient; None if none does."""
+    below = [
+        runner.graph.problems[other] for other in runner.graph.problems if runner.name in runner.graph.depends(other)
+    ]
+    for problem in (runner.problem, *below):
+        if problem.method is not None and problem.responds and not isinstance(problem.method, Reptile):
+            return type(problem.method).__name__
+    return None
 
 
 def _changes(gradient: Tensor, hook: Callable[[Tensor], Tensor | None]) -> bool:
@@ -214,6 +234,8 @@ def _check_method(runner: Runner, method: Method, upper: Params) -> None:
     """Raise a ValueError if the run this problem will make is one that its method does not describe."""
     name, problem = runner.name, runner.problem
     _check_batches(runner, method)
+    if method.fixed_point is not None:
+        _check_moves(runner, method)
     if isinstance(method, Implicit):
         _check_implicit(runner, method)
     if method.fixed_point is not None:
@@ -223,6 +245,23 @@ def _check_method(runner: Runner, method: Method, upper: Params) -> None:
                 check_fixed_point(method, _run_of(runner, (step,) * problem.steps), upper, decoupled=method.fixed_point)
             except ValueError as error:
                 raise ValueError(f"problem {name!r}: {error}") from error
+
+
+def _check_moves(runner: Runner, method: Method) -> None:
+    """Raise a ValueError if some of what the method takes as solved for rests, its learning rate being 0."""
+    problem, names = runner.problem, {id(p): key for key, p in runner.used.items()}
+    over = getattr(method, "over", None)
+    still: list[str] = []
+    for group in problem.optimizer.param_groups:
+        if isinstance(lr := group.get("lr"), float | int) and lr == 0:
+            still += [names[id(p)] for p in group["params"] if id(p) in names]
+    solved = [key for key in still if over is None or key.startswith(tuple(over))]
+    if solved and len(still) < len(names) and not problem.schedulers() and "lr" not in problem.hyper:
+        raise ValueError(
+            f"problem {problem.name!r}: the learning rate of {solved} is 0, and {type(method).__name__} takes all that "
+            "the optimizer holds as solved for. Build the optimizer without them, or name what moves: "
+            "hg.Implicit(solver, over=[...])."
+        )
 
 
 def _run_of(runner: Runner, steps: tuple[Step, ...]) -> Trajectory:

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from hypergrad._autocast import uncached_autocast
 from hypergrad._flat import Params, check_mode
 from hypergrad._random import RandomState, random_state, replaying, restore_random_state
 from hypergrad._tape import add
@@ -204,7 +205,10 @@ class Engine:
 
     def _step(self) -> Record:
         record = Record(step=self.num_steps)
-        with self._sharing():
+        if self.in_place is None:
+            for name in self.graph.problems:
+                self.network.check_present(name)
+        with self._sharing(), uncached_autocast():
             self._step_level(len(self.graph.levels) - 1, self.graph.levels[-1], 0, record)
         return record
 
@@ -515,8 +519,12 @@ class Engine:
         upper = self._upper(self.graph.depends(runner.name))
         lower = {key: p.detach() for key, p in runner.used.items()}
         batch = self._shard(runner, self._first_batch(runner.problem))
+        who = f"problem {runner.name!r}"
         with self._own_draws():
-            check(plain(runner.loss), lower, upper, batch, f"problem {runner.name!r}", padding_rows(runner.problem))
+            try:
+                check(plain(runner.loss), lower, upper, batch, who, padding_rows(runner.problem))
+            except ValueError as error:
+                raise error if str(error).startswith(who) else ValueError(f"{who}: {error}") from error
 
     # --- saving and going on -----------------------------------------------------------------------------------------
 

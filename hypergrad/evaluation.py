@@ -121,5 +121,5 @@ class Evaluation:
         if frozen:
             raise ValueError(
                 f"problem {self._name!r}: {frozen} do not require gradients any more. What trains is settled when the "
-                "engine is built: build another one, or let the optimizer's learning rate for them be 0."
+                "engine is built: build another one."
             )

@@ -217,15 +217,23 @@ class Network:
         return self._whole.places[self._whole.paths[name][0]]
 
     def check_present(self, name: str) -> None:
-        """Raise a ValueError if the problem's module holds other parameters than when the engine was built."""
-        for path, parameter in self.parameters(name).items():
-            module, key = self._place(path)
-            if key not in module._parameters or module._parameters[key] is not parameter:
-                raise ValueError(
-                    f"problem {name!r}: its parameter {path.removeprefix(f'{name}.')!r} has been replaced since the "
-                    "engine was built. Change the tensor in place (under torch.no_grad(), with copy_), or build "
-                    "another engine."
-                )
+        """Raise a ValueError if the problem trains other parameters than when the engine was built."""
+        problem, variables = self.problems[name], self._variables[name]
+        present = {id(p) for p in problem.module.parameters()}
+        gone = [key for key, p in variables.items() if id(p) not in present]
+        if gone:
+            raise ValueError(
+                f"problem {name!r}: its parameter {gone[0]!r} has been replaced since the engine was built. Change the "
+                "tensor in place (under torch.no_grad(), with copy_), or build another engine."
+            )
+        known = {id(p) for p in variables.values()}
+        held = [p for group in problem.optimizer.param_groups for p in group["params"]]
+        if any(p.requires_grad and id(p) not in known for p in held):
+            added = [key for key in problem.variables() if key not in variables]
+            raise ValueError(
+                f"problem {name!r}: its optimizer holds {added}, which did not train when the engine was built. What "
+                "trains is settled there: build another engine, and go on with that."
+            )
 
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
         """Return the problem's variables themselves, under "problem.parameter"."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import keyword
+from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from itertools import chain
@@ -338,6 +339,8 @@ def loss_value(loss: ModelLoss | Composite, models: Any, batch: Any, name: str) 
     Raises:
         ValueError: unless that is a scalar, or (scalar, dict); the message names the problem.
     """
+    if isinstance(batch, (dict, list, UserDict)):
+        batch = batch.copy()  # for losses that pop entries
     value: Any = composite_value(loss, models, batch) if isinstance(loss, Composite) else loss(models, batch)
     metrics: dict[str, Any] = {}
     if isinstance(value, tuple):

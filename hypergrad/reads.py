@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from hypergrad._flat import Params
 from hypergrad._random import random_state, replaying
@@ -23,7 +24,7 @@ class Reads:
     """What one problem's functions read, apart from the problem itself."""
 
     accessed: frozenset[str]
-    """Problems that any of its functions touched."""
+    """Problems that any of its functions touched, perhaps through a module of another problem that holds theirs."""
     connected: frozenset[str]
     """Problems on whose variables the loss, the response or the hyperparameters depend; not those with `detach`."""
     started: frozenset[str]
@@ -74,7 +75,15 @@ def dry_reads(network: Network, problem: Problem, batch: Any, in_place: InPlace 
 
     def of_loss(loss: Any) -> set[str]:
         def value(models: Any) -> Tensor:
-            return loss_value(loss, models, batch, name)[0]
+            versions = _versions(batch)
+            found = loss_value(loss, models, batch, name)[0]
+            if _versions(batch) != versions:
+                raise ValueError(
+                    f"problem {name!r}: its loss changes its batch in place, which it is to see again as it was: steps "
+                    "are run again and losses evaluated several times. Compute new tensors: x = x / 255 in place of "
+                    "x.div_(255)."
+                )
+            return found
 
         if in_place is None:
             return connections(value)[0]
@@ -95,15 +104,22 @@ def dry_reads(network: Network, problem: Problem, batch: Any, in_place: InPlace 
             keys |= connections(function)[0]
         started, touched = (set[str](), set[str]()) if problem.start is None else connections(problem.start)
     connected = _owners(keys) | _named(network, problem)
+    accessed |= connected | _owners(started)
     constants = {other for other, p in network.problems.items() if p.detach and other != name}
     return Reads(
-        accessed=frozenset((accessed | _named(network, problem)) - {name}),
+        accessed=frozenset(accessed - {name}),
         connected=frozenset(connected - constants - {name}),
         started=frozenset(_owners(started) - constants),
         touched_by_start=frozenset(touched),
         keys=frozenset(keys | started),
         written=frozenset(written),
     )
+
+
+def _versions(batch: Any) -> list[int]:
+    """Return how often each tensor of a batch has been changed in place."""
+    leaves = pytree.tree_leaves(batch)
+    return [leaf._version for leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_inference()]
 
 
 def _seen_from_outside(network: Network, problem: Problem) -> dict[str, nn.Parameter]:

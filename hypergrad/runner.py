@@ -167,8 +167,6 @@ class Runner:
     def begin_window(self) -> None:
         """End the last window, forget it and begin anew where asked."""
         self.end_window()
-        if self.in_place is None:
-            self.network.check_present(self.name)
         self.window, self.window_size, self.fresh = [], 0, []
         self.beginning = None
         self.batches.clear()

@@ -66,6 +66,7 @@ class Start:
         if self._losses.in_place is not None:  # without `upper`, parameters are read as they are
             values = {key: held(v) if is_shard(v) else v for key, v in values.items()}
         name = self._losses.name
+        self._refuse_others(values)
         missing = [key for key in self._variables if key not in values]
         if missing:
             raise ValueError(
@@ -79,3 +80,18 @@ class Start:
                     f"{tuple(held(parameter).shape)}."
                 )
         return {key: values[key] for key in self._variables}
+
+    def _refuse_others(self, values: Params) -> None:
+        """Raise a ValueError for values that would be lost: of what the optimizer does not hold, or of nothing."""
+        others = values.keys() - self._variables.keys()
+        if not others:
+            return
+        module = self._losses.problem.module
+        present = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers())}
+        lost = sorted(k for k in others if k not in present or values[k].data_ptr() != present[k].data_ptr())
+        if lost:
+            raise ValueError(
+                f"problem {self._losses.name!r}: start returns {lost}, which are not among what its optimizer trains, "
+                f"{list(self._variables)}: they would be lost. Let the optimizer hold them in a group with lr=0 (the "
+                "body in ANIL), or read them in the loss where they come from, and return the others alone."
+            )

@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS: dict[str, float] = {
     "_flat": 0,
+    "_autocast": 0,
     "_autograd": 0,
     "_functional": 0,
     "_random": 0,

@@ -276,9 +276,24 @@ CASES: dict[str, tuple[Case, str]] = {
         lambda w: w.pair(low={"method": hg.Implicit(hg.CG(2), damping=1.0, fresh=True), "data": None}),
         r"'net'.*fresh=True",
     ),
+    "a group that rests under Implicit": (
+        lambda w: w.pair(
+            low={
+                "method": IMPLICIT,
+                "optimizer": torch.optim.SGD(
+                    [{"params": w.net[0].parameters(), "lr": 0.0}, {"params": w.net[3].parameters()}], lr=0.1
+                ),
+            }
+        ),
+        r"'net': the learning rate of \['0\.weight', '0\.bias'\] is 0.*over=",
+    ),
+    "a loss that changes its batch": (
+        lambda w: w.pair(low={"loss": lambda m, x: m.net(x.div_(2)).mean() * m.up(x).mean(), "data": [X.clone()]}),
+        r"'net': its loss changes its batch in place",
+    ),
     "no second derivative": (
         lambda w: w.pair(low={"loss": through(Once)}),
-        r"no second derivative|second derivative is wrong",
+        r"problem 'net': .*(no second derivative|second derivative is wrong)",
     ),
     "silently wrong second derivative": (
         lambda w: w.pair(low={"loss": through(Silent)}),
@@ -294,6 +309,19 @@ CASES: dict[str, tuple[Case, str]] = {
             low={"start": lambda m: {k: m.up.weight.view(1).expand(7) for k, _ in w.net.named_parameters()}}
         ),
         r"'net': start gave.*shape",
+    ),
+    "start returns what does not train": (
+        lambda w: w.pair(
+            low={
+                "optimizer": torch.optim.SGD(w.net[3].parameters(), lr=0.1),
+                "start": lambda m: {k: p + m.up.weight.mean() for k, p in hg.detach(m.net).named_parameters()},
+            }
+        ),
+        r"'net': start returns \['0\.bias', '0\.weight', .*would be lost.*lr=0",
+    ),
+    "start of a name that is none": (
+        lambda w: w.pair(low={"start": lambda m: {**dict(hg.detach(m.net).named_parameters()), "w": m.up.weight}}),
+        r"'net': start returns \['w'\]",
     ),
     "a cycle through start": (
         lambda w: w.pair(low={"start": lambda m: {k: 2 * p for k, p in m.net.named_parameters()}}),
