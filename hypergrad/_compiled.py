@@ -132,8 +132,18 @@ def explained() -> Iterator[None]:
 
     try:
         yield
-    except TorchDynamoException as error:
-        raise ValueError(_refusal(str(error))) from error
+    except Exception as error:
+        if not isinstance(error, TorchDynamoException) and type(error).__module__ != TorchDynamoException.__module__:
+            raise
+        is_limit = "Limit" in type(error).__name__
+        raise ValueError(_TOO_MANY if is_limit else _refusal(str(error))) from error
+
+
+_TOO_MANY = (
+    "compile=True: the batches of the lower loss hold more shapes or Python values than torch.compile makes code for. "
+    "Leave out what the loss does not read, and pass what differs as tensors of one shape, torch.tensor(0.1) instead "
+    "of 0.1, with torch.exp instead of math.exp. Or use compile=False."
+)
 
 
 def _refusal(error: str) -> str:
@@ -146,8 +156,8 @@ def _refusal(error: str) -> str:
         )
     summary = " ".join(line.strip() for line in error.strip().splitlines()[:3])[:400]
     return (
-        "compile=True: torch.compile cannot take the lower loss whole, or met too many shapes and Python values in its "
-        f"batches. Use compile=False, or change what it names: {summary}"
+        "compile=True: torch.compile cannot take the lower loss whole. Use compile=False, or change what it names: "
+        f"{summary}"
     )
 
 

@@ -25,7 +25,10 @@ def in_transform() -> bool:
 
 
 def arity(function: Callable[..., Any], default: int) -> int:
-    """Return how many positional arguments `function` takes, `default` where that cannot be told."""
+    """Return how many positional arguments `function` is to be called with, `default` where that cannot be told.
+
+    One that has a default keeps it, unless it is named `batch`, or those before it have defaults too.
+    """
     called = function.forward if isinstance(function, nn.Module) else function
     try:
         parameters = inspect.signature(called).parameters.values()
@@ -35,9 +38,11 @@ def arity(function: Callable[..., Any], default: int) -> int:
         return default
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     required, most = sum(p.default is p.empty for p in positional), len(positional)
-    if most <= default:
+    if most < default:
         return most
-    return default if required == default else required  # F.mse_loss takes two, and options after them
+    if required == default - 1 and positional[required].name != "batch":
+        return required  # F.mse_loss takes two, and options after them; lambda w, u, lam=lam: ... has bound its third
+    return max(required, default)
 
 
 def check_signature(function: Callable[..., Any], expected: str, what: str) -> None:

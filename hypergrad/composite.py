@@ -26,7 +26,8 @@ class Composite:
     Args:
         outputs: function (lower, upper, batch) -> Tensor, the model's predictions, any shape.
         criterion: function (outputs, upper, batch) -> scalar, or (outputs, batch) -> scalar.
-        penalty: function (lower, upper, batch) -> scalar, or (lower, upper) -> scalar; None for none.
+        penalty: function (lower, upper, batch) -> scalar, or (lower, upper) -> scalar; None for none. Of either, a
+            third argument that has a default keeps it, unless it is named `batch`.
 
     Example:
         >>> import torch, hypergrad as hg

@@ -178,7 +178,7 @@ class Function(Operator):
 
     def mm(self, vectors: Tensor) -> Tensor:
         """Return A v for each row v."""
-        return super().mm(vectors) if self._mm is None else self._mm(vectors)
+        return super().mm(vectors) if self._mm is None or not len(vectors) else self._mm(vectors)
 
     def known_diagonal(self) -> Tensor | None:
         """Return what the caller gave."""

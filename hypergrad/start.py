@@ -88,7 +88,7 @@ class Start:
             return
         module = self._losses.problem.module
         present = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers())}
-        lost = sorted(k for k in others if k not in present or values[k].data_ptr() != present[k].data_ptr())
+        lost = sorted(k for k in others if k not in present or values[k].data_ptr() != held(present[k]).data_ptr())
         if lost:
             raise ValueError(
                 f"problem {self._losses.name!r}: start returns {lost}, which are not among what its optimizer trains, "

@@ -128,10 +128,10 @@ def linearize(
     else:
         condition = stationarity(trajectory, responding, samples)
         condition_tape = tape(condition, point, upper, kind=kind, differentiable=at is not None)
+    known = partial(_known_diagonal, trajectory, responding, samples, point, upper, kind)
     if curvature == "gauss_newton":
-        operator = _gauss_newton(trajectory, responding, samples, point, upper, kind)
+        operator = _gauss_newton(trajectory, responding, samples, point, upper, kind, known)
     else:
-        known = partial(_known_diagonal, trajectory, responding, samples, point, upper, kind)
         operator = _jacobian(condition_tape, trajectory, responding, known)
     return Linearization(condition_tape, operator, responding)
 
@@ -300,6 +300,7 @@ def _gauss_newton(
     point: Tensor,
     upper: Params,
     kind: TapeKind,
+    known: Callable[[], Tensor | None],
 ) -> Operator:
     """Return s (J^T B J + Hessian of the penalty) + d I, averaged over `samples`."""
     given = trajectory.response or trajectory.loss
@@ -335,6 +336,7 @@ def _gauss_newton(
         device=responding.layout.device,
         symmetric=True,
         second_moment=_second_moment(trajectory, responding),
+        known_diagonal=known,
     )
 
 

@@ -13,7 +13,7 @@ from hypergrad._autograd import by_autograd, is_connected, leaf, underlying
 from hypergrad._compiled import Compile, compiled_gradient, to_compile
 from hypergrad._flat import Layout, Params, constant
 from hypergrad._functional import Loss, Residual, arity, in_transform, scalar, second_name
-from hypergrad._random import RandomState, replaying
+from hypergrad._random import RandomState, random_state, replaying
 from hypergrad._tape import (
     add,
     explained_grad,
@@ -51,9 +51,15 @@ class Recipe:
     clip_norm: float | None = None
     clip_value: float | None = None
     project: Callable[[Params], Params] | None = None
+    random: RandomState | None = None
+    """The generators as `hyper` and `project` met them, to be replayed; None if they drew nothing, or draw anew."""
 
     def hyper_values(self, upper: Params, index: int) -> dict[str, Any]:
         """Return the optimizer's hyperparameters that are functions of `upper`, at step `index` of the run."""
+        with replaying(self.random):
+            return self._hyper_values(upper, index)
+
+    def _hyper_values(self, upper: Params, index: int) -> dict[str, Any]:
         return {
             name: function(upper, index) if takes_step(function) else function(upper)
             for name, function in self.hyper.items()
@@ -73,7 +79,8 @@ class Recipe:
 
     def update(self, flat: Tensor, grad: Tensor, states: States, upper: Params, index: int) -> tuple[Tensor, States]:
         """Return parameters and optimizer states after one step along `grad`."""
-        return self.updated(flat, grad, states, self.hyper_values(upper, index))
+        with replaying(self.random):
+            return self.updated(flat, grad, states, self._hyper_values(upper, index))
 
     def updated(self, flat: Tensor, grad: Tensor, states: States, hyper: Mapping[str, Any]) -> tuple[Tensor, States]:
         """Return the same with the values of hyperparameters, by name."""
@@ -83,7 +90,7 @@ class Recipe:
             grad = clip_value(grad, self.clip_value)
         flat, states = self.optimizer.update(flat, grad, states, hyper)
         if self.project is not None:
-            projected = self.project(self.layout.unravel(flat))
+            projected = self.project({name: p.clone() for name, p in self.layout.unravel(flat).items()})
             self.layout.check_like(projected, "the result of project")
             flat = self.layout.ravel(projected)
         return flat, states
@@ -97,7 +104,7 @@ class Step:
     batch: Any
     index: int
     random: RandomState | None
-    """The generators as the loss met them, to be replayed; None if it drew nothing."""
+    """The generators as the loss met them, to be replayed; None if the step drew nothing."""
     flat: Tensor | None = None
     states: States | None = None
     taped: Tensor | None = None
@@ -134,15 +141,19 @@ class Step:
         """Return what this step makes of (flat, states): the step map, differentiable with `create_graph`."""
         if not self.taken:
             return flat, states
-        if compile and not create_graph:
-            with torch.no_grad():
-                grad = self._compiled_gradient(flat, upper, compile)
-        else:
-            grad = self.gradient(flat, upper, create_graph=create_graph)
         if create_graph:
+            grad = self.gradient(flat, upper, create_graph=True)
             return self.recipe.update(flat, grad, states, upper, self.index)
+        grad = self.untaped_gradient(flat, upper, compile)
         with torch.no_grad():
             return self.recipe.update(flat, grad, states, upper, self.index)
+
+    def untaped_gradient(self, flat: Tensor, upper: Params, compile: Compile) -> Tensor:
+        """Return the gradient without a graph, compiled if asked."""
+        if not compile:
+            return self.gradient(flat, upper)
+        with torch.no_grad():
+            return self._compiled_gradient(flat, upper, compile)
 
     def pull(
         self,
@@ -152,11 +163,16 @@ class Step:
         cotangents: tuple[Tensor, States],
         *,
         compile: Compile = False,
+        ended: Tensor | None = None,
     ) -> tuple[Tensor, States, Params]:
         """Return the cotangents of (flat, states, upper) from those of the step's outcome.
 
         One evaluation of the gradient and one product; where the gradient was taped, the product alone. `compile`
-        compiles both; the optimizer's update stays eager, so that its step count may be a Python number.
+        compiles both; the optimizer's update stays eager, so that its step count may be a Python number. Where the step
+        ended, if given, is compared with where it ends now.
+
+        Raises:
+            ValueError: if the two are apart: the derivative would be another run's.
         """
         if not self.taken:
             return *cotangents, {}
@@ -174,6 +190,15 @@ class Step:
             else:
                 (point, leaves), grad = self.leaves, self.taped
             new, new_states = self.recipe.update(point, grad, with_tensors(states, tensors), leaves, self.index)
+        if ended is not None:
+            apart = distance(self.recipe.layout, flat, ended, new.detach(), grad.detach(), 1)
+            if apart is not None:
+                raise ValueError(
+                    f"the lower run cannot be taken again from its record: step {self.index} ends {apart:.1%} of the "
+                    "way from where it ended, so that derivatives through it would be wrong. Something takes part "
+                    "beside the parameters, `upper` as it was then, the batch and the generators of torch, NumPy and "
+                    "Python: a generator of the loss's own, a counter in a closure. Hand it over through the batch."
+                )
         outcomes = [(new, bar), *zip(state_tensors(new_states), state_tensors(state_bars), strict=True)]
         outcomes = [(out, out_bar) for out, out_bar in outcomes if is_connected(out)]
         inputs = [point, *tensors, *leaves.values()]
@@ -328,23 +353,52 @@ def take(
     """
     if recording.keeps(step.index, num_steps):
         step = replace(step, flat=flat, states=states)
-    live = replace(step, random=None, buffers=None)
+    recipe = step.recipe if step.recipe.random is None else replace(step.recipe, random=None)
+    live = replace(step, recipe=recipe, random=None, buffers=None)
     compile = to_compile("Recording", recording.compile)
+    grad: Tensor | None = None
     if recording.tapes(step.index) and by_autograd():
         point, leaves = leaf(flat), {name: leaf(u) for name, u in upper.items()}
         with second_order():
             taped = live._taped_gradient(point, leaves, compile)
         refuse_once_differentiable(taped)
         step = replace(step, flat=flat, states=states, taped=taped, leaves=(point, leaves), versions=versions(leaves))
-        with torch.no_grad():
-            flat, states = step.recipe.update(flat, taped.detach(), states, upper, step.index)
+        grad = taped.detach()
     elif advance is not None:
         flat, states = advance(live, flat, states, upper)
     else:
-        flat, states = live.advance(flat, states, upper, compile=compile)
+        grad = live.untaped_gradient(flat, upper, compile)
+    if grad is not None:
+        if recipe.hyper or recipe.project is not None:
+            step = replace(step, recipe=replace(recipe, random=random_state(flat.device)))
+        with torch.no_grad():
+            flat, states = recipe.update(flat, grad, states, upper, step.index)
     if in_transform():
         flat, states = constant(flat), constant_states(states)
     return step, flat, states
+
+
+def distance(layout: Layout, began: Tensor, ended: Tensor, again: Tensor, grad: Tensor, num_steps: int) -> float | None:
+    """Return how far from where it ended a run ends that is taken again, of the way it went; None if by rounding alone.
+
+    Each coordinate counts by its gradient: one that is zero but for rounding may go a whole step of Adam's either way.
+
+    Args:
+        layout: of all vectors here.
+        began: where both began.
+        ended: where the run ended.
+        again: where it ends now.
+        grad: the gradient at `began`.
+        num_steps: taken from there.
+    """
+    weights = grad.abs()
+    moved, gap, size = (layout.norm(weights * x) for x in (ended - began, again - ended, ended))
+    rounding = 4 * num_steps * max(torch.finfo(dtype).eps for dtype in layout.dtypes)
+    return float(gap / moved) if gap > _TOLERANCE * moved + rounding * size else None
+
+
+_TOLERANCE = 0.01
+"""Beyond rounding, on any device."""
 
 
 def versions(params: Params) -> tuple[int, ...]:

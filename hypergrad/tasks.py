@@ -11,6 +11,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial, reduce
 from typing import Any
 
@@ -171,7 +172,7 @@ def _descend(network: Network, member: Runner, upper: Params, constants: Params,
         return lambda u: network.call(function, u | constants, reader=problem.name)
 
     method = problem.method
-    return descend(
+    record = descend(
         member.pure_loss,
         {key: p.detach() for key, p in member.used.items()},
         upper,
@@ -185,6 +186,7 @@ def _descend(network: Network, member: Runner, upper: Params, constants: Params,
         response=member.pure_response,
         recording=None if method is None else method.recording(len(batches)),
     )
+    return replace(record, upper_layout=None)
 
 
 def _run(

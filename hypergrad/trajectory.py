@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from hypergrad._autograd import leaf
+from hypergrad._autograd import leaf, underlying
 from hypergrad._flat import Layout, Params, as_params, check_params, constant
 from hypergrad._functional import Loss, check_signature, in_transform
 from hypergrad._random import RandomState, random_state, replaying, same_state
@@ -46,7 +48,8 @@ class Trajectory:
         end_states: the optimizer's states after the last step.
         start: the function of `upper` at which the run began, or None where it began at constants.
         response: a loss used instead of `loss` in the implicit system, or None.
-        upper_layout: names and shapes of the upper parameters of the run, None where it came from elsewhere.
+        upper_layout: names and shapes of the upper parameters of the run; None where it came from elsewhere or is an
+            engine's.
         batch: the batch of a solution that came from elsewhere.
         random: the generators as that solution's loss, or the start of a run, met them; None for a start without draws.
     """
@@ -205,7 +208,8 @@ def descend(
         Trajectory: `.end` the lower parameters after the run, `.state` the optimizer's state.
 
     Raises:
-        ValueError: for malformed parameters, an empty `batches`, an unknown `hyper` name, a loss that is not a scalar.
+        ValueError: for malformed parameters, a `batches` that is empty or refills tensors that it has yielded, an
+            unknown `hyper` name, a loss that is not a scalar.
 
     Example:
         >>> import torch, hypergrad as hg
@@ -221,7 +225,8 @@ def descend(
     for option, bound in (("clip_norm", clip_norm), ("clip_value", clip_value)):
         if bound is not None and not (isinstance(bound, int | float) and bound > 0):
             raise ValueError(f"{option} must be a positive number, got {bound!r}; leave it None for no clipping.")
-    _check_functions(lower_loss=lower_loss, start=start, project=project, response=response, **dict(hyper or {}))
+    _check_functions(lower_loss=lower_loss, start=start, project=project, response=response)
+    _check_functions(**{f"hyper[{name!r}]": function for name, function in (hyper or {}).items()})
     if recording is not None and not isinstance(recording, Recording):
         raise ValueError(f"recording must come from method.recording(num_steps), got {recording!r}.")
     batches = _as_list(batches)
@@ -252,8 +257,9 @@ def descend(
             step = Step(recipe, batch, index, random, buffers=buffers_left() if replayed else None)
             step, flat, states = take(step, flat, states, constants, recording, len(batches), advance)
             random = random_state(layout.device)
-            drew = responds_at_random or not same_state(step.random, random)
-            steps.append(step if drew else replace(step, random=None))
+            if same_state(step.random, random):
+                step = replace(step, recipe=recipe, random=step.random if responds_at_random else None)
+            steps.append(step)
         if first := buffers_at_first():
             steps = [s if s.buffers is None else replace(s, buffers={**first, **s.buffers}) for s in steps]
     return Trajectory(
@@ -339,11 +345,31 @@ def _as_list(batches: Iterable[Any]) -> list[Any]:
             f"batches must be a sequence with one entry per lower step, got {type(batches).__name__}. "
             "For one batch b and K steps pass [b] * K."
         )
-    listed = list(batches)
+    listed = _unmoved(batches)
     if not listed:
         raise ValueError(
             "batches is empty: the lower level would take no step. Pass one entry per step, or hg.solved(...) "
             "for a solution that came from elsewhere."
+        )
+    return listed
+
+
+def _unmoved(batches: Iterable[Any]) -> list[Any]:
+    """Return `batches` as a list; a ValueError if one was changed in place once the next was asked for."""
+    if isinstance(batches, list | tuple | repeat | Tensor) or torch.compiler.is_compiling():
+        return list(batches)
+    listed: list[Any] = []
+    yielded: list[tuple[int, Tensor, int]] = []
+    for index, batch in enumerate(batches):
+        listed.append(batch)
+        leaves = [underlying(x) for x in pytree.tree_leaves(batch) if isinstance(x, Tensor)]
+        yielded += [(index, x, x._version) for x in leaves if not x.is_inference()]
+    moved = [index for index, x, version in yielded if x._version != version]
+    if moved:
+        raise ValueError(
+            f"batches: a tensor of batch {moved[0]} was changed in place after it was yielded (or one that shares "
+            "its memory was), and each step keeps its batch until it is differentiated. Yield new tensors, "
+            "batch.clone() for instance."
         )
     return listed
 

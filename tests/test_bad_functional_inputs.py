@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ W, U = {"w": torch.zeros(2)}, {"c": torch.ones(2)}
 SGD = hg.optim.SGD(lr=0.25)
 CG = hg.Implicit(hg.CG(5))
 TWO = {**U, "s": torch.ones(2)}
+DOTTED = {f"m.{name}": u for name, u in TWO.items()}
 BEGIN_ANYWHERE = [
     CG,
     hg.OneStep(),
@@ -72,6 +73,18 @@ def other_adam() -> Any:
     return run(blind, {"w": torch.zeros(3)}, optimizer=hg.optim.Adam(lr=0.1)).state
 
 
+def refilled() -> Iterator[Tensor]:
+    buffer = torch.zeros(())
+    for step in range(3):
+        yield buffer.fill_(step)
+
+
+def jacobian(method: hg.Method) -> Any:
+    return torch.autograd.functional.jacobian(
+        lambda c: hg.best_response(run(), {"c": c}, method=method)["w"], U["c"], vectorize=True
+    )
+
+
 def groups(*shapes: int) -> Any:
     return torch.optim.SGD([{"params": [torch.zeros(n, requires_grad=True)]} for n in shapes], lr=0.1)
 
@@ -126,6 +139,10 @@ ROWS: dict[str, tuple[Callable[[], Any], str]] = {
     "a dict for batches": (lambda: run(batches={"x": 1}), "got dict"),
     "a string for batches": (lambda: run(batches="abc"), "got str"),
     "a scalar for batches": (lambda: run(batches=torch.tensor(3.0)), "got Tensor"),
+    "batches that refill a tensor": (
+        lambda: run(batches=refilled()),
+        r"batches: a tensor of batch 0 was changed.*batch.clone\(\)",
+    ),
     "an optimizer class": (lambda: run(optimizer=hg.optim.SGD), "optimizer must be one of hypergrad.optim"),
     "an optimizer's name": (
         lambda: run(optimizer="sgd"),
@@ -139,7 +156,7 @@ ROWS: dict[str, tuple[Callable[[], Any], str]] = {
     "foreign groups": (lambda: run(optimizer=groups(7, 2)), "2 param groups"),
     "an unknown hyper": (lambda: run(hyper={"foo": lambda u: 1.0}), r"hyper names \['foo'\].*allowed here"),
     "a momentum without buffer": (lambda: run(hyper={"momentum": lambda u: 0.1}), "momentum=...* above 0"),
-    "a number for hyper": (lambda: run(hyper={"lr": 0.1}), "lr must be a function, got float"),
+    "a number for hyper": (lambda: run(hyper={"lr": 0.1}), r"hyper\['lr'\] must be a function, got float"),
     "hyper of a wrong shape": (lambda: run(hyper={"lr": lambda u: torch.ones(3)}), r"hyper\['lr'\] has shape \(3,\)"),
     "hyper that returns nothing": (lambda: run(hyper={"lr": lambda u: None}), r"hyper\['lr'\] is None"),
     "hyper with wrong names": (lambda: run(hyper={"lr": lambda u: {"q": 1.0}}), r"missing \['w'\], unexpected \['q'\]"),
@@ -152,6 +169,17 @@ ROWS: dict[str, tuple[Callable[[], Any], str]] = {
         f"start of variables that nothing else reads, {type(method).__name__}": (
             lambda method=method: gradient(run(upper=TWO, start=lambda u: {"w": u["s"]}), method, TWO),
             r"ignores where the lower run begins, which is a function of \['s'\].*hg.Unrolled",
+        )
+        for method in BEGIN_ANYWHERE
+    },
+    **{
+        f"likewise, by names of one module, {type(method).__name__}": (
+            lambda method=method: gradient(
+                run(lambda w, u, b: lower_loss(w, {"c": u["m.c"]}, b), upper=DOTTED, start=lambda u: {"w": u["m.s"]}),
+                method,
+                DOTTED,
+            ),
+            r"ignores where the lower run begins, which is a function of \['m.s'\].*hg.Unrolled",
         )
         for method in BEGIN_ANYWHERE
     },
@@ -274,6 +302,7 @@ ROWS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: hg.best_response(run(), U, method=hg.Penalty(5.0)),
         "Penalty has no best response",
     ),
+    "gradients batched by autograd": (lambda: jacobian(CG), "vectorize=True.*Use torch.func.jacrev"),
     "reading the code under vmap": (lambda: population(CG), "throw=False"),
     "SciPy under vmap": (lambda: population(hg.Implicit(hg.SciPy("cg")), throw=False), "Use GMRES, or CG"),
 }

@@ -283,6 +283,38 @@ def test_a_compiled_function_is_differentiated_rightly(method: hg.Method, compil
     assert relative_error({"u": leaf.grad}, {"u": torch.func.grad(value)(U, method, 2)}) < 1e-10
 
 
+COMPILED = {"CG": hg.Implicit(hg.CG(3)), "OneStep": hg.OneStep(), "FiniteDifference": hg.FiniteDifference()}
+
+
+@pytest.mark.parametrize("num_uppers", [2, 3])
+@pytest.mark.parametrize("name", COMPILED)
+def test_a_compiled_response_to_several_upper_tensors(name: str, num_uppers: int, compiler: Any) -> None:
+    """Of three the second stands still; none may move."""
+    given = {"u": U, "scale": torch.tensor(-1.0, dtype=F64), "shift": 0.1 * B}
+    given = {key: given[key] for key in list(given)[:num_uppers]}
+
+    def loss(w: Params, u: Params, batch: Any) -> Tensor:
+        x = flat(w)
+        value = lower_loss(w, u, batch) + u["scale"].exp() * (x @ x)
+        return value + (x @ u["shift"]).sum() if "shift" in u else value
+
+    run = hg.descend(loss, LOWER, given, optimizer=hg.optim.SGD(lr=0.1), batches=[None] * 3)
+    record = run if name == "OneStep" else hg.solved(loss, run.end)
+
+    def f(*tensors: Tensor) -> Tensor:
+        upper = dict(zip(given, tensors, strict=True))
+        return outer(flat(hg.best_response(record, upper, method=COMPILED[name])), upper["u"])
+
+    def slopes(function: Any) -> Params:
+        leaves = {key: u.clone().requires_grad_(num_uppers == 2 or key != "scale") for key, u in given.items()}
+        function(*leaves.values()).backward()
+        return {key: x.grad for key, x in leaves.items() if x.grad is not None}
+
+    compiled = compiler(f, fullgraph=True)
+    assert relative_error(slopes(compiled), slopes(f)) < 1e-10
+    assert relative_error({"value": compiled(*given.values())}, {"value": f(*given.values())}) < 1e-12
+
+
 OUTSIDE = {
     "CG": hg.Implicit(hg.CG(3, check_every=None)),
     "OneStep": hg.OneStep(),

@@ -378,7 +378,7 @@ def test_a_problems_function_of_other_arguments_is_named(option: str, function: 
         ({"response": lambda lower, upper: 0.0}, r"response must take \(lower, upper, batch\)"),
         ({"start": lambda: {}}, r"start must take \(upper\)"),
         ({"project": lambda: {}}, r"project must take \(lower\)"),
-        ({"hyper": {"lr": lambda: 0.1}}, r"lr must take \(upper\)"),
+        ({"hyper": {"lr": lambda: 0.1}}, r"hyper\['lr'\] must take \(upper\)"),
     ],
 )
 def test_a_function_of_descend_of_other_arguments_is_named(options: Any, message: str) -> None:

@@ -330,6 +330,23 @@ class Noting(nn.BatchNorm1d):
         return super().forward(x)
 
 
+@pytest.mark.parametrize("retain", [0.0, 0.5])
+def test_a_run_that_its_record_does_not_hold_is_refused(retain: float) -> None:
+    """Its loss draws from a generator of its own, which nobody replays; a run that keeps its tapes needs no replay."""
+    generator = torch.Generator()
+
+    def loss(w: Any, u: Any, b: Any) -> Tensor:
+        return ((w["w"] - u["c"] * torch.randn(3, generator=generator)) ** 2).sum()
+
+    lower, upper = {"w": torch.zeros(3)}, {"c": torch.ones(3)}
+    for method in (hg.Unrolled(retain=retain), hg.Unrolled(retain=1.0)):
+        recording = method.recording(4)
+        run = hg.descend(loss, lower, upper, optimizer=hg.optim.Adam(lr=0.1), batches=[None] * 4, recording=recording)
+        refused = pytest.raises(ValueError, match=r"cannot be taken again from its record: step \d ends .* generator")
+        with refused if method.retain < 1 else contextlib.nullcontext():
+            hg.hypergradient(lambda w, u, b: w["w"].sum(), run, upper, method=method)
+
+
 def test_a_buffer_written_outside_of_forward_is_refused() -> None:
     """Here no replay would put it back, as it does with what a forward writes."""
     net = nn.BatchNorm1d(3, affine=False).double()
@@ -418,6 +435,33 @@ def test_mixed_dtypes() -> None:
         )
     run = hg.descend(loss, lower, upper, optimizer=SGD, batches=[None] * 2)
     assert {n: w.dtype for n, w in run.end.items()} == {n: w.dtype for n, w in lower.items()}
+
+
+@pytest.mark.parametrize("method", [*METHODS.values(), hg.BOME(), hg.SOBA()], ids=lambda m: type(m).__name__)
+def test_gradients_have_the_dtypes_of_upper(method: hg.Method) -> None:
+    """A 0-dim float32 tensor does not take part in torch's promotion, so that what it multiplies is float64."""
+    lower, upper = {"w": torch.ones(3).double()}, {"s": torch.tensor(0.5)}
+
+    def loss(w: Params, u: Params, batch: Any) -> Tensor:
+        return ((w["w"] - 1) ** 2).sum() + u["s"].exp() * (w["w"] ** 2).sum()
+
+    def above(w: Params, u: Params, batch: Any) -> Tensor:
+        return (w["w"] ** 2).sum()
+
+    def found(s: Tensor) -> Tensor:
+        run = hg.descend(loss, lower, {"s": s}, optimizer=SGD, batches=[None] * 2)
+        return hg.hypergradient(above, run, {"s": s}, method=method, throw=False).grad["s"]
+
+    assert found(upper["s"]).dtype == torch.float32
+    assert torch.func.vmap(found)(torch.ones(2)).dtype == torch.float32
+    if isinstance(method, hg.ResponseMethod):
+        run = hg.descend(loss, lower, upper, optimizer=SGD, batches=[None] * 2)
+        assert (
+            torch.func.grad(lambda s: above(hg.best_response(run, {"s": s}, method=method, throw=False), {}, None))(
+                upper["s"]
+            ).dtype
+            == torch.float32
+        )
 
 
 # --- losses ----------------------------------------------------------------------------------------------------------
@@ -797,3 +841,43 @@ def test_padding_rows_that_rest_are_no_wrong_product() -> None:
 def test_padding_rows_that_move_are_found() -> None:
     with pytest.raises(ValueError, match=r"problem 'net': its second derivative is wrong at lower\['words.weight'\]"):
         tagging(tied=True)
+
+
+@pytest.mark.parametrize("method", [hg.Unrolled(), hg.Unrolled(retain=1.0), hg.ForwardUnrolled()], ids=str)
+@pytest.mark.parametrize("names", [["w"], ["w", "z"]], ids=["one tensor", "two tensors"])
+def test_a_projection_may_write_into_what_it_is_given(names: list[str], method: hg.Method) -> None:
+    lower, upper = {name: torch.ones(3) for name in names}, {"shift": torch.tensor([-1.0, 0.7, 3.0])}
+
+    def loss(w: Params, u: Params, batch: Any) -> Tensor:
+        return sum(((p - u["shift"]) ** 2).sum() for p in w.values())
+
+    def found(project: Any) -> hg.Hypergradient:
+        recording = method.recording(3)
+        run = hg.descend(loss, lower, upper, optimizer=SGD, batches=[None] * 3, project=project, recording=recording)
+        return hg.hypergradient(lambda w, u, b: (w["w"] ** 2).sum(), run, upper, method=method)
+
+    written = found(lambda w: {name: p.clamp_(0.6, 1.2) for name, p in w.items()})
+    returned = found(lambda w: {name: p.clamp(0.6, 1.2) for name, p in w.items()})
+    assert torch.equal(written.grad["shift"], returned.grad["shift"]) and torch.equal(written.value, returned.value)
+    assert written.grad["shift"].count_nonzero() == 1
+
+
+def test_batches_may_be_generated() -> None:
+    """New tensors, one tensor again and again, tensors of a transform, and others' changes before the batch is seen."""
+
+    def loss(w: Params, u: Params, batch: Any) -> Tensor:
+        return ((w["w"] - u["c"] * batch["x"]) ** 2).sum()
+
+    def end(batches: Any, c: Tensor) -> Tensor:
+        return hg.descend(loss, {"w": torch.zeros(2)}, {"c": c}, optimizer=SGD, batches=batches).end["w"]
+
+    c, same = torch.ones(2), {"x": torch.ones(2)}
+    expected = end([same] * 3, c)
+    assert torch.equal(end(({"x": torch.zeros(2).add_(1)} for _ in range(3)), c), expected)
+    assert torch.equal(end((same for _ in range(3)), c), expected)
+    with torch.inference_mode():
+        frozen = {"x": torch.ones(2)}
+    assert torch.equal(end((frozen for _ in range(3)), c), expected)
+    ones = torch.ones(4, 2)
+    many = torch.func.vmap(lambda x: end(({"x": x * 1} for _ in range(3)), c))(ones)
+    torch.testing.assert_close(many, expected.expand(4, 2))

@@ -95,8 +95,9 @@ def check_start(method: Method, trajectory: Trajectory, upper: Params, read: Par
     """
     if trajectory.start is None:
         return
-    known = {_problem_of(name) for name in read}
-    unread = {name: u for name, u in upper.items() if _problem_of(name) not in known}
+    of_engine = trajectory.upper_layout is None  # its graph asks for a read of each problem, not of each tensor
+    known = {_problem_of(name) for name in read} if of_engine else set(read)
+    unread = {name: u for name, u in upper.items() if (_problem_of(name) if of_engine else name) not in known}
     if in_transform():
         lost = [] if read else list(upper)
     else:
@@ -110,7 +111,7 @@ def check_start(method: Method, trajectory: Trajectory, upper: Params, read: Par
 
 
 def _problem_of(name: str) -> str:
-    """Return the part of an upper name that an engine's problems, or a module's layers, share."""
+    """Return which of an engine's problems an upper name belongs to."""
     return name.split(".", 1)[0]
 
 

@@ -152,5 +152,18 @@ def _pull(ctx: Any, cotangent: Tensor) -> tuple[Tensor, ...]:
 
 def _apply(problem: _Problem, b: Tensor, lower: Tensor, upper: tuple[Tensor, ...]) -> Tensor:
     solve = _Solve if torch.compiler.is_compiling() else _SolveWithPush
-    solution: Tensor = solve.apply(problem, b, lower, *upper)  # type: ignore[no-untyped-call]
+    solution: Tensor = applied(solve, problem, b, lower, *upper)
     return solution
+
+
+def applied(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """Return function.apply(*arguments), where nothing can need its derivative in a compiled region its forward alone.
+
+    `torch.compile` does the same there, but hands a context to every forward whose number of parameters, `*upper` for
+    one, is not that of the arguments.
+    """
+    if torch.compiler.is_compiling() and not (
+        torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
+    ):
+        return function.forward(*arguments)
+    return function.apply(*arguments)  # type: ignore[no-untyped-call]

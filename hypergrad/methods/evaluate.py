@@ -17,7 +17,7 @@ from hypergrad._functional import check_signature, in_transform
 from hypergrad._result import Result, SolveError, Stats
 from hypergrad._tape import vjp
 from hypergrad._untouched import going_on_from, untouched
-from hypergrad.methods._solve import breakdowns_raise
+from hypergrad.methods._solve import applied, breakdowns_raise
 from hypergrad.methods.base import (
     Method,
     ResponseMethod,
@@ -126,9 +126,14 @@ def hypergradient(
     with untouched(traj.layout.device):
         total = method.total(upper_loss, traj, as_params(upper), batch, state)
     check_pulled(method, total, upper, Total)
-    grad = {name: total.grad[name] if name in total.grad else torch.zeros_like(u) for name, u in upper.items()}
+    grad = _like(upper, total.grad)
     code = finite_code(total.result, total.value, grad)
     return Hypergradient(grad, total.value, total.stats, read(code) if throw else code, total.state)
+
+
+def _like(upper: Mapping[str, Tensor], grad: Params) -> Params:
+    """Return `grad` in the order and the dtypes of `upper`, zero where it has no entry."""
+    return {name: grad[name].to(u.dtype) if name in grad else torch.zeros_like(u) for name, u in upper.items()}
 
 
 def best_response(traj: Trajectory, upper: Mapping[str, Tensor], *, method: Method, throw: bool = True) -> Params:
@@ -173,10 +178,10 @@ def best_response(traj: Trajectory, upper: Mapping[str, Tensor], *, method: Meth
                 pulled = method.differentiable_vjp(traj, end, params, cotangent)
             check_cotangents(method, pulled, params, "differentiable_vjp")
         elif in_transform() or torch.is_grad_enabled():
-            return list(_Once.apply(once, cotangent, *tensors))  # type: ignore[no-untyped-call]
+            return list(applied(_Once, once, cotangent, *tensors))
         else:
             return once(cotangent, tensors)
-        return [pulled[name] if name in pulled else torch.zeros_like(params[name]) for name in names]
+        return list(_like(params, pulled).values())
 
     def once(cotangent: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
         params = as_params(dict(zip(names, tensors, strict=True)))
@@ -185,7 +190,7 @@ def best_response(traj: Trajectory, upper: Mapping[str, Tensor], *, method: Meth
         check_pulled(method, outcome, params)
         if throw and not in_transform():
             read(finite_code(outcome.result, cotangent.detach().sum(), outcome.grad))
-        return [outcome.grad[name] if name in outcome.grad else torch.zeros_like(params[name]) for name in names]
+        return list(_like(params, outcome.grad).values())
 
     if torch.compiler.is_compiling():
         if _traced_in_transform():
@@ -194,7 +199,7 @@ def best_response(traj: Trajectory, upper: Mapping[str, Tensor], *, method: Meth
                 "would drop its derivative without a word. Compile the plain function and call .backward() on its "
                 "result, or leave the transform uncompiled."
             )
-        flat: Tensor = _BestResponse.apply(rule, traj.end_flat, *upper.values())  # type: ignore[no-untyped-call]
+        flat: Tensor = applied(_BestResponse, rule, traj.end_flat, *upper.values())
     else:
         _refuse_nested_forward()
         flat = _BestResponseWithPush.apply(rule, traj.end_flat, *upper.values())  # type: ignore[no-untyped-call]
@@ -237,6 +242,11 @@ class _BestResponse(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        if not torch.compiler.is_compiling() and _functorch.is_legacy_batchedtensor(cotangents[0]):
+            raise ValueError(
+                "best_response does not serve is_grads_batched=True, nor torch.autograd.functional.jacobian with "
+                "vectorize=True. Use torch.func.jacrev, or jacobian(vectorize=False)."
+            )
         end, *upper = ctx.saved_tensors
         return (None, None, *ctx.rule(end, upper, cotangents[0]))
 

@@ -129,11 +129,17 @@ class Unrolled(ResponseMethod):
         whole = None
         if trajectory.num_steps > first and self.retain == 0.0:
             whole = fused(trajectory.steps[-1].recipe, trajectory.end_states, upper, compile)
+        unchecked = trajectory.upper_layout is not None and cotangent.device.type == "cpu" and not in_transform()
+        ended = trajectory.end_flat
         with second_order():
             for step, flat, states in trajectory.backwards(first, upper):
                 cotangents = bar, state_bars
                 if whole is None:
-                    bar, state_bars, upper_bar = step.pull(flat, states, upper, cotangents, compile=compile)
+                    known = ended if unchecked and step.taped is None else None  # one will do, where it costs no wait
+                    bar, state_bars, upper_bar = step.pull(
+                        flat, states, upper, cotangents, compile=compile, ended=known
+                    )
+                    unchecked, ended = unchecked and known is None, flat
                 else:
                     bar, state_bars, upper_bar = whole.pull(step, flat, states, upper, cotangents)
                 grad = add(grad, upper_bar)

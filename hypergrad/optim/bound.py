@@ -174,6 +174,8 @@ class Bound:
                     f"Expected exactly {list(self.layout.names)}."
                 )
             shapes = dict(zip(self.layout.names, self.layout.shapes, strict=True))
+            for key, shape in shapes.items():
+                _check_broadcasts(value[key], shape, f"hyper[{name!r}][{key!r}]")
             pieces = [[self._expand(value[key], shapes[key]) for key in names] for _, names in self.groups]
             return [torch.cat(group) if group else 0.0 for group in pieces]
         if not isinstance(value, Sequence):
@@ -205,3 +207,14 @@ class Bound:
         if isinstance(value, Tensor):
             return value.to(self.layout.device, self.layout.dtype)
         return torch.full((), value, dtype=self.layout.dtype, device=self.layout.device)
+
+
+def _check_broadcasts(value: object, shape: torch.Size, what: str) -> None:
+    """Raise a ValueError that names `what` unless `value` is a number, or a tensor that broadcasts to `shape`."""
+    if isinstance(value, int | float):
+        return
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{what} is {value!r}; expected a number or a tensor.")
+    sizes = zip(reversed(value.shape), reversed(shape), strict=False)
+    if value.dim() > len(shape) or any(size not in (1, whole) for size, whole in sizes):
+        raise ValueError(f"{what} has shape {tuple(value.shape)}, which does not broadcast to {tuple(shape)}.")

@@ -22,7 +22,7 @@ def signs(size: int, *, seed: int, count: int, dtype: torch.dtype, device: torch
     """Return `count` vectors of independent entries +1 and -1 as rows, shape (count, size); one hash serves 32."""
     together = min(_BITS, max(1, _AT_ONCE // max(size, 1)))
     rows = []
-    for word in range(-(-count // _BITS)):
+    for word in range(max(1, -(-count // _BITS))):
         bits = _hash(size, _key(seed, word), device).to(torch.int32)
         places = torch.arange(min(_BITS, count - _BITS * word), dtype=torch.int32, device=device)
         for some in torch.split(places, together):

@@ -50,7 +50,8 @@ class SciPy(Solver):
     """The solution by `scipy.sparse.linalg.<name>`, its products made with the operator wherever that lives.
 
     Solves A x = b until norm(b - A x) <= max(rtol * norm(b), atol), except "minres", which stops by its own
-    rule, norm(r) <= rtol * norm(A) norm(x), with estimates of its own.
+    rule, norm(r) <= rtol * norm(A) norm(x), with estimates of its own; where more than a tenth of b is left then, for
+    x has become very large, the result is `Result.SINGULAR`.
 
     Cost: the products that SciPy asks for and one for the residual; "bicg" and "qmr" multiply with A^T too.
         Vectors
@@ -138,8 +139,11 @@ class SciPy(Solver):
         rhs = _to_numpy(r)
         A = _sparse.LinearOperator((op.size, op.size), matvec=host(op.mv), rmatvec=host(op.rmv), dtype=rhs.dtype)
         options: dict[str, Any] = {"maxiter": self.max_steps, "callback": counter.step}
+        shrunk = 1.0
         if self.name == "minres":
             options |= {"rtol": self.rtol}
+            shrunk = np.finfo(np.float64).eps ** 2  # it adds norm(b) to its estimate of norm(A)
+            rhs = rhs.astype(np.float64) * shrunk
         else:
             options |= {"rtol": 0.0, "atol": tol}
         if self.name == "gmres":
@@ -148,9 +152,11 @@ class SciPy(Solver):
             options |= {"callback_type": "pr_norm"}
         with np.errstate(all="ignore"):
             d_host, info = _FUNCTIONS[self.name](A, rhs, **options)
-        d = torch.from_numpy(d_host).to(device=b.device, dtype=b.dtype)
+        d = torch.from_numpy(d_host / shrunk).to(device=b.device, dtype=b.dtype)
         residual_norm = torch.linalg.vector_norm(r - op.mv(d))
-        return finish(begun, d, residual_norm, _code(info, b), counter.steps, counter.products + 1)
+        left = float(residual_norm) > max(0.1, 10 * self.rtol) * norm  # by its own rule that may count as converged
+        code = Result.SINGULAR.tensor(b.device) if self.name == "minres" and left and info == 0 else _code(info, b)
+        return finish(begun, d, residual_norm, code, counter.steps, counter.products + 1)
 
 
 class _Counter:

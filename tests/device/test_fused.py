@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -56,6 +57,7 @@ OPTIMIZERS = {
     "Adam": hg.optim.Adam(lr=0.1, weight_decay=0.1),
     "RAdam": hg.optim.RAdam(lr=0.1),
 }
+SGD = hg.optim.SGD(lr=0.1)
 
 
 @pytest.mark.parametrize("name", ["momentum", "RAdam"])
@@ -79,6 +81,27 @@ def test_batches_may_differ_in_shapes_and_in_python_values():
     batches = [(drawn(6, 3), 1.0), (drawn(6, 3), 2.0), (drawn(6, 3), 2.0), (drawn(4, 3), 1.0)]
     eager, compiled = (gradient(hg.Unrolled(compile=c), OPTIMIZERS["Adam"], batches) for c in (False, AOT))
     assert_equal(compiled, eager)
+
+
+def numbered(count: int) -> list[Any]:
+    """Return batches with a temperature, a Python number that changes."""
+    return [(drawn(6, 3), {"heat": 0.01 * k}) for k in range(count)]
+
+
+def test_too_many_constants_are_refused_with_what_to_pass_instead():
+    def cooled(lower: hg.Params, upper: hg.Params, batch: Any) -> Tensor:
+        x, at = batch
+        heat = at["heat"]
+        factor = heat.neg().exp() if isinstance(heat, Tensor) else math.exp(-heat)
+        return loss(lower, upper, (x, factor))
+
+    batches = numbered(12)
+    with pytest.raises(ValueError, match=r"batches of the lower loss.*torch\.tensor\(0\.1\) instead of.*torch\.exp"):
+        gradient(hg.Unrolled(compile=AOT), SGD, batches, cooled)
+    tensors = [(x, {**at, "heat": torch.tensor(at["heat"], dtype=DOUBLE)}) for x, at in batches]
+    torch._dynamo.reset()
+    eager = gradient(hg.Unrolled(), SGD, batches, cooled)
+    assert_equal(gradient(hg.Unrolled(compile=AOT), SGD, tensors, cooled), eager)
 
 
 def test_what_the_loss_sees_besides_its_arguments_may_change_between_runs():

@@ -218,6 +218,33 @@ def test_tasks_under_implicit_and_adam_equal_the_loop() -> None:
     assert error(run(T), run(1)) < 1e-9
 
 
+@pytest.mark.parametrize("chunk", [None, 1, T])
+def test_a_start_may_be_tied_in_part(chunk: int | None) -> None:
+    """What the engine refuses is a problem of which the lower loss reads nothing, however the tasks are taken."""
+    meta, task = net(), net()
+
+    def proximal(models: Any, batch: Any) -> Tensor:
+        return fit(models, batch) + 0.5 * (models.task[0].weight - models.meta[0].weight).square().sum()
+
+    lower = hg.Problem(
+        "task",
+        module=task,
+        loss=proximal,
+        optimizer=torch.optim.SGD(task.parameters(), lr=LR),
+        steps=STEPS,
+        start=lambda m: dict(m.meta.named_parameters()),
+        method=hg.Implicit(hg.CG(10), damping=2.0),
+        tasks=None if chunk is None else T,
+        chunk=chunk,
+    )
+    upper = hg.Problem(
+        "meta", module=meta, loss=judge, optimizer=torch.optim.SGD(meta.parameters(), lr=1e-12), data=[tasks()]
+    )
+    engine(lower, upper).step()
+    tied, free = meta[0].weight.grad, meta[2].weight.grad
+    assert tied.count_nonzero() and (free is None or not free.count_nonzero())
+
+
 class Noisy(nn.Module):
     """Dropout and BatchNorm, which each task must have for itself."""
 

@@ -91,6 +91,8 @@ def test_rates_by_parameter_and_by_group_may_be_batched() -> None:
         ({"lr": torch.zeros(3)}, r"hyper\['lr'\] has shape \(3,\); .* of shape \(7,\)"),
         ({"lr": {"w": 0.1, "c": 0.1}}, r"missing \['b', 's'\], unexpected \['c'\]"),
         ({"lr": [0.1]}, r"hyper\['lr'\] has 1 values for 2 parameter groups"),
+        ({"lr": {"w": torch.zeros(5), "b": 0.1, "s": 0.1}}, r"hyper\['lr'\]\['w'\] has shape \(5,\), .* broadcast to"),
+        ({"lr": {"w": 0.1, "b": "0.1", "s": 0.1}}, r"hyper\['lr'\]\['b'\] is '0.1'; expected a number or a tensor"),
     ],
     ids=lambda value: str(value)[:30],
 )

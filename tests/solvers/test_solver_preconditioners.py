@@ -148,10 +148,12 @@ def test_penalty_preconditioner_saves_steps_and_keeps_the_hypergradient():
 def test_penalty_preconditioner_knows_penalty_decay_and_damping():
     loss, lower, upper = regression()
     penalties = upper["penalty"].exp()
-    known = linearize(hg.solved(loss, lower), upper).operator.known_diagonal()
-    torch.testing.assert_close(known, penalties)
     run = hg.descend(loss, lower, upper, optimizer=hg.optim.SGD(lr=0.1, weight_decay=0.5), batches=[None])
-    torch.testing.assert_close(linearize(run, upper).operator.known_diagonal(), penalties + 0.5)
+    for curvature in ("hessian", "gauss_newton"):
+        known = linearize(hg.solved(loss, lower), upper, curvature=curvature).operator.known_diagonal()
+        torch.testing.assert_close(known, penalties)
+        known = linearize(run, upper, curvature=curvature).operator.known_diagonal()
+        torch.testing.assert_close(known, penalties + 0.5)
     plain = hg.descend(loss.__call__, lower, upper, optimizer=hg.optim.SGD(lr=0.1), batches=[None])
     operator = linearize(plain, upper).operator
     assert operator.known_diagonal() is None

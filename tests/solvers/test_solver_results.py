@@ -246,7 +246,9 @@ SINGULAR = [
 ]
 
 
-@pytest.mark.parametrize("solver", [Exact(), GMRES(20, rtol=1e-9), MINRES(20, rtol=1e-9)], ids=str)
+@pytest.mark.parametrize(
+    "solver", [Exact(), GMRES(20, rtol=1e-9), MINRES(20, rtol=1e-9), SciPy("minres", 20, rtol=1e-9)], ids=str
+)
 @pytest.mark.parametrize("A", SINGULAR)
 def test_singular_systems(solver, A):
     A = A.to(DOUBLE)
@@ -293,3 +295,30 @@ def test_scipy_reports_max_steps():
         solution = SciPy(name, max_steps=3, rtol=1e-10).solve(op, b)
         assert solution.result == Result.MAX_STEPS
         assert solution.num_steps == 3
+
+
+@pytest.mark.parametrize("eigenvalues", [[1.0, 2.0, 0.0], [1.0, 1e-6, 1e-12], [0.0, 0.0, 0.0]])
+def test_scipy_minres_does_not_call_a_residual_solved(eigenvalues):
+    b = torch.ones(3, dtype=DOUBLE)
+    solution = SciPy("minres", rtol=1e-10).solve(Matrix(torch.tensor(eigenvalues).to(DOUBLE).diag(), symmetric=True), b)
+    assert solution.residual_norm > 0.1 and solution.result == Result.SINGULAR
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
+@pytest.mark.parametrize("rtol", [1e-2, 1e-5, 1e-12])
+def test_scipy_minres_solves_whatever_the_scale(rtol, dtype, scale):
+    """Its own rule compares with norm(b) besides norm(A), and promises norm(A) norm(x) / norm(b) times rtol."""
+    for n in (3, 60):
+        op, b, _ = system(n, 10.0, "indefinite")
+        op, b = Matrix(op.dense.to(dtype) * scale, symmetric=True), b.to(dtype)
+        solution = SciPy("minres", 200, rtol=rtol).solve(op, b)
+        assert solution.result == Result.SUCCESS
+        assert solution.residual_norm <= 100 * max(rtol, torch.finfo(dtype).eps) * b.norm()
+
+
+@pytest.mark.parametrize("solver", [Exact(), Nystrom(3), CG(5, preconditioner=NystromPreconditioner(2))], ids=str)
+def test_no_unknowns(solver):
+    op = Function(lambda v: v, lambda v: v, size=0, dtype=DOUBLE, device="cpu", symmetric=True, mm=torch.stack)
+    solution = solver.solve(op, torch.zeros(0, dtype=DOUBLE))
+    assert solution.x.shape == (0,) and solution.result == Result.SUCCESS

@@ -365,6 +365,21 @@ def test_a_composite_takes_torch_losses(criterion: Any) -> None:
     assert loss(LOWER, UPPER, C) == (C**2).mean()
 
 
+FORMS: dict[str, tuple[Any, Any, float]] = {
+    "short": (lambda z, b: z + b, lambda w, u: w, 16.0),
+    "bound": (lambda z, b, s=2.0: z + s * b, lambda w, u, lam=0.5: lam * w, 18.5),
+    "whole": (lambda z, u, b: z + u * b, lambda w, u, b: w + b, 46.0),
+    "batch by default": (lambda z, u, batch=None: z + u * batch, lambda w, u, batch=None: w + batch, 46.0),
+    "all by default": (lambda z, u=None, b=None: z + u * b, lambda w, u=None, b=None: w + b, 46.0),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_parts_of_a_composite_are_called_as_they_are_written(form: str) -> None:
+    criterion, penalty, expected = FORMS[form]
+    assert hg.Composite(lambda w, u, b: w + 1, criterion, penalty)(5.0, 6.0, 5.0) == expected  # type: ignore[arg-type]
+
+
 def test_batches_are_averaged_in_curvature_and_mixed_partial() -> None:
     p = ridge()
     weights = [torch.tensor(v, dtype=F64) for v in (9.0, 0.5, 1.0, 3.0)]
@@ -415,6 +430,84 @@ def test_draws_of_a_start_are_those_of_the_run(method: hg.Method) -> None:
     assert torch.equal(before, torch.get_rng_state())
     h = hg.hypergradient(square, run, upper, method=method)
     torch.testing.assert_close(h.grad["s"], 2 * h.value)
+
+
+NOISY = {
+    "adjoint": hg.Unrolled(),
+    "retained": hg.Unrolled(retain=1.0),
+    "checkpointed": hg.Unrolled(checkpoint=2),
+    "forward": hg.ForwardUnrolled(),
+}
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("name", [*NOISY, "best_response"])
+def test_draws_of_hyper_and_project_are_those_of_the_run(name: str, micro_batches: int) -> None:
+    """Loss, learning rate and projection all draw, in this order."""
+    method = NOISY.get(name, NOISY["adjoint"])
+    upper, lower = {"s": torch.tensor(-2.0, dtype=F64)}, {"w": torch.tensor([0.5, -0.2, 0.1], dtype=F64)}
+    batches = [torch.full((2, 3), 1.0 + k, dtype=F64) for k in range(5)]
+
+    def loss(w: Params, u: Params, batch: Tensor) -> Tensor:
+        return ((w["w"] - batch) ** 2 * torch.rand(3, dtype=F64)).mean()
+
+    def rate(u: Params) -> Tensor:
+        return u["s"].exp() * torch.rand((), dtype=F64)
+
+    def project(w: Params) -> Params:
+        return {"w": w["w"] * (1 + 0.1 * torch.rand(3, dtype=F64))}
+
+    def above(w: Params, u: Params, batch: Any) -> Tensor:
+        return (w["w"] ** 2).sum()
+
+    def by_hand(s: Tensor) -> Tensor:
+        w = lower["w"]
+        for batch in batches:
+            parts = batch.chunk(micro_batches)
+            grads = [2 * (w - part).mean(0) / 3 * torch.rand(3, dtype=F64) for part in parts]
+            w = project({"w": w - rate({"s": s}) * torch.stack(grads).mean(0)})["w"]
+        return above({"w": w}, upper, None)
+
+    torch.manual_seed(1)
+    run = hg.descend(
+        loss if micro_batches == 1 else hg.Averaged(loss, micro_batches),
+        lower,
+        upper,
+        optimizer=hg.optim.SGD(lr=0.1),
+        batches=batches,
+        hyper={"lr": rate},
+        project=project,
+        recording=method.recording(5),
+    )
+    torch.manual_seed(1)
+    truth, value = torch.func.grad_and_value(by_hand)(upper["s"])
+    torch.testing.assert_close(above(run.end, upper, None), value)
+    torch.manual_seed(77)
+    if name == "best_response":
+        leaf = upper["s"].clone().requires_grad_()
+        above(hg.best_response(run, {"s": leaf}, method=method), upper, None).backward()
+        torch.testing.assert_close(leaf.grad, truth)
+    else:
+        torch.testing.assert_close(hg.hypergradient(above, run, upper, method=method).grad["s"], truth)
+
+
+def test_the_rate_that_is_read_is_the_one_the_last_step_drew() -> None:
+    rates: list[Tensor] = []
+
+    def rate(u: Params) -> Tensor:
+        rates.append(torch.rand((), dtype=F64))
+        return rates[-1]
+
+    run = descend(steps=3, hyper={"lr": rate})
+    torch.manual_seed(77)
+    for method, given in ((hg.OneStep(), hg.OneStep(float(rates[-1]))), (hg.SAMA(), hg.FiniteDifference())):
+        assert relative_error(gradient(run, method), gradient(run, given)) < 1e-12
+
+
+def test_what_draws_nothing_is_not_replayed() -> None:
+    run = descend(steps=3, hyper={"lr": lambda u: 0.1}, project=lambda w: w)
+    assert all(step.random is None and step.recipe is run.steps[0].recipe for step in run.steps)
+    assert run.steps[0].recipe.random is None
 
 
 def test_draws_of_a_response_are_replayed() -> None:
