@@ -38,6 +38,10 @@ def error(w, rows):
     return 0.5 * ((x @ w - y) ** 2).mean()
 
 
+PRECISE = {"line_search_fn": "strong_wolfe", "tolerance_grad": 1e-10, "tolerance_change": 1e-14}
+"""The levels above rely on the solution: by default L-BFGS ends as soon as it moves by less than 1e-9."""
+
+
 def weights_loss(models, rows):
     w = models.weights()
     return error(w, rows) + 0.5 * (models.penalties().exp() * w**2).sum()
@@ -81,7 +85,7 @@ def main() -> None:
         "weights",
         module=w,
         loss=weights_loss,
-        optimizer=torch.optim.LBFGS(w.parameters(), max_iter=30, line_search_fn="strong_wolfe"),
+        optimizer=torch.optim.LBFGS(w.parameters(), max_iter=50, **PRECISE),
         data=[train],
         method=hg.Implicit(hg.CG(max_steps=20, rtol=1e-9)),
     )

@@ -83,9 +83,9 @@ def test_products_of_a_batch_are_those_of_its_vectors(name: str, count: int) -> 
     tape = _tape(loss, size)
     vectors = torch.randn(count, size, dtype=torch.float64)
     one_by_one = torch.stack([tape.pull_lower(v) for v in vectors])
-    torch.testing.assert_close(tape.pull_lower_each(vectors), one_by_one, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(tape.pull_lower_each(vectors), one_by_one, rtol=1e-11, atol=1e-14)
     transposed = vectors.T.contiguous().T
-    torch.testing.assert_close(tape.pull_lower_each(transposed), one_by_one, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(tape.pull_lower_each(transposed), one_by_one, rtol=1e-11, atol=1e-14)
 
 
 def test_a_module_is_read_once_for_all_vectors() -> None:

@@ -20,6 +20,7 @@ from hypergrad.fused import fused
 from hypergrad.methods._refusals import check_option, check_run, refuse_state
 from hypergrad.methods._run import pull_start, run_start
 from hypergrad.methods.base import Pulled, ResponseMethod
+from hypergrad.solvers.base import reads_allowed
 from hypergrad.step import Recording, Step, state_tensors
 from hypergrad.trajectory import Trajectory
 
@@ -129,7 +130,7 @@ class Unrolled(ResponseMethod):
         whole = None
         if trajectory.num_steps > first and self.retain == 0.0:
             whole = fused(trajectory.steps[-1].recipe, trajectory.end_states, upper, compile)
-        unchecked = trajectory.upper_layout is not None and cotangent.device.type == "cpu" and not in_transform()
+        unchecked = trajectory.upper_layout is not None and cotangent.device.type == "cpu" and reads_allowed(cotangent)
         ended = trajectory.end_flat
         with second_order():
             for step, flat, states in trajectory.backwards(first, upper):
