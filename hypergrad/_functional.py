@@ -27,7 +27,7 @@ def in_transform() -> bool:
 def arity(function: Callable[..., Any], default: int) -> int:
     """Return how many positional arguments `function` is to be called with, `default` where that cannot be told.
 
-    One that has a default keeps it, unless it is named `batch`, or those before it have defaults too.
+    A last one that has a default keeps it, unless that is None, or those before it have defaults too.
     """
     called = function.forward if isinstance(function, nn.Module) else function
     try:
@@ -40,7 +40,7 @@ def arity(function: Callable[..., Any], default: int) -> int:
     required, most = sum(p.default is p.empty for p in positional), len(positional)
     if most < default:
         return most
-    if required == default - 1 and positional[required].name != "batch":
+    if required == default - 1 and (most > default or positional[required].default is not None):
         return required  # F.mse_loss takes two, and options after them; lambda w, u, lam=lam: ... has bound its third
     return max(required, default)
 

@@ -58,7 +58,6 @@ class _StandIns:
         self._copies: dict[int, Tensor] = {}  # by id, so that a copy is known as one
         self._written: set[int] = set()  # by the buffer's id: those that calls have changed
         self._begun: dict[int, tuple[Tensor, Tensor]] = {}  # by the buffer's id: it, and what held its value at first
-        self._versions: dict[int, int] = {}  # by the buffer's id: its own version, which no call is to change
         self._frames: list[_Frame] = []
         self._inside: set[int] = set()
 
@@ -108,8 +107,6 @@ class _StandIns:
                 continue
             for name, buffer in () if bare else inner._buffers.items():
                 if buffer is not None and id(buffer) not in self._copies:
-                    if not buffer.is_inference():
-                        self._check_unwritten(inner, name, buffer)
                     frame.swapped.append((inner, name, buffer))
                     inner._buffers[name] = self._stand_in(buffer)
                     if name.startswith("running_") and inner.training:
@@ -121,13 +118,6 @@ class _StandIns:
     def _leave_module(self, _module: nn.Module, _args: Any, _output: Any) -> None:
         if self._frames and _works_for(self.thread):
             self._restore(self._frames.pop())
-
-    def _check_unwritten(self, module: nn.Module, name: str, buffer: Tensor) -> None:
-        if self._versions.setdefault(id(buffer), buffer._version) != buffer._version:
-            raise ValueError(
-                f"the buffer {name!r} of a {type(module).__name__} is written outside of its module's forward while a "
-                "run is recorded or replayed, where a replay would not find it as it was. Write it inside forward."
-            )
 
     def _stand_in(self, buffer: Tensor) -> Tensor:
         known = self._latest.get(id(buffer))

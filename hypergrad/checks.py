@@ -15,7 +15,7 @@ from hypergrad._shards import held, held_params
 from hypergrad._untouched import untouched
 from hypergrad.averaged import plain
 from hypergrad.composite import Composite
-from hypergrad.methods import Implicit, Method, Reptile
+from hypergrad.methods import SOBA, AmIGO, Implicit, Method, Reptile, StocBiO
 from hypergrad.methods._refusals import check_fixed_point
 from hypergrad.network import Network
 from hypergrad.problem import Problem, loss_value
@@ -113,7 +113,7 @@ def check_runner(runner: Runner, upper: Params) -> None:
     _check_hooks(runner)
     with untouched(runner.layout.device), torch.no_grad():
         if runner.start is not None:
-            runner.start.values({})
+            runner.start.check()
         values = {name: runner.hyper_value(name) for name in problem.hyper}
     if problem.tasks is None:
         check_hyper(problem.optimizer, values, problem.name)
@@ -234,7 +234,7 @@ def _check_method(runner: Runner, method: Method, upper: Params) -> None:
     """Raise a ValueError if the run this problem will make is one that its method does not describe."""
     name, problem = runner.name, runner.problem
     _check_batches(runner, method)
-    if method.fixed_point is not None:
+    if isinstance(method, (Implicit, SOBA, StocBiO, AmIGO)):
         _check_moves(runner, method)
     if isinstance(method, Implicit):
         _check_implicit(runner, method)
@@ -259,7 +259,7 @@ def _check_moves(runner: Runner, method: Method) -> None:
     if solved and len(still) < len(names) and not problem.schedulers() and "lr" not in problem.hyper:
         raise ValueError(
             f"problem {problem.name!r}: the learning rate of {solved} is 0, and {type(method).__name__} takes all that "
-            "the optimizer holds as solved for. Build the optimizer without them, or name what moves: "
+            "the optimizer holds as solved for. Build the optimizer without them, or say what moves, "
             "hg.Implicit(solver, over=[...])."
         )
 

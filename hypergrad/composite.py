@@ -27,7 +27,7 @@ class Composite:
         outputs: function (lower, upper, batch) -> Tensor, the model's predictions, any shape.
         criterion: function (outputs, upper, batch) -> scalar, or (outputs, batch) -> scalar.
         penalty: function (lower, upper, batch) -> scalar, or (lower, upper) -> scalar; None for none. Of either, a
-            third argument that has a default keeps it, unless it is named `batch`.
+            third argument that has a default other than None keeps it.
 
     Example:
         >>> import torch, hypergrad as hg

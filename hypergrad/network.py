@@ -91,6 +91,25 @@ class Observed:
     """The buffers that it wrote, "problem.buffer", as it left them."""
 
 
+Anchors = tuple[list[tuple[nn.Module, str, nn.Module]], list[tuple[nn.Module, str, nn.Parameter]]]
+
+
+def _anchors(module: nn.Module, variables: Mapping[str, nn.Parameter]) -> Anchors:
+    """Return what has to stay for `variables` to be found: modules in their parents, and they in their modules."""
+    modules: dict[tuple[int, str], tuple[nn.Module, str, nn.Module]] = {}
+    places = []
+    for name, parameter in variables.items():
+        *path, key = name.split(".")
+        parent = module
+        for part in path:
+            child = parent._modules[part]
+            assert child is not None
+            modules[id(parent), part] = parent, part, child
+            parent = child
+        places.append((parent, key, parameter))
+    return list(modules.values()), places
+
+
 def _unwritten(buffer: Tensor, was: Tensor, version: int, value: Tensor) -> bool:
     if buffer.layout is not torch.strided or was.layout is not torch.strided:  # torch compares no values there
         return buffer is was and buffer._version == version
@@ -106,6 +125,7 @@ class Network:
         self._kept: dict[str, tuple[list[tuple[int, int]], Params]] = {}
         self._variables = {p.name: p.variables() for p in problems}
         self._modules = {p.name: p.module for p in problems}
+        self._anchors = {p.name: _anchors(p.module, self._variables[p.name]) for p in problems}
         self._whole = self._view(Models(self._modules))
         self._views: dict[str, _View] = {}
 
@@ -219,9 +239,11 @@ class Network:
     def check_present(self, name: str) -> None:
         """Raise a ValueError if the problem trains other parameters than when the engine was built."""
         problem, variables = self.problems[name], self._variables[name]
-        present = {id(p) for p in problem.module.parameters()}
-        gone = [key for key, p in variables.items() if id(p) not in present]
-        if gone:
+        modules, places = self._anchors[name]
+        present = all(parent._modules.get(key) is child for parent, key, child in modules)
+        if not present or any(module._parameters.get(key) is not p for module, key, p in places):
+            found = dict(problem.module.named_parameters())
+            gone = [key for key, p in variables.items() if found.get(key) is not p] or list(variables)
             raise ValueError(
                 f"problem {name!r}: its parameter {gone[0]!r} has been replaced since the engine was built. Change the "
                 "tensor in place (under torch.no_grad(), with copy_), or build another engine."

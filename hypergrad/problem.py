@@ -339,8 +339,8 @@ def loss_value(loss: ModelLoss | Composite, models: Any, batch: Any, name: str) 
     Raises:
         ValueError: unless that is a scalar, or (scalar, dict); the message names the problem.
     """
-    if isinstance(batch, (dict, list, UserDict)):
-        batch = batch.copy()  # for losses that pop entries
+    if type(batch) in (dict, list) or isinstance(batch, UserDict):
+        batch = batch.copy()  # for losses that pop entries; of other classes a copy may lack what makes them
     value: Any = composite_value(loss, models, batch) if isinstance(loss, Composite) else loss(models, batch)
     metrics: dict[str, Any] = {}
     if isinstance(value, tuple):

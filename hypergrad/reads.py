@@ -75,9 +75,9 @@ def dry_reads(network: Network, problem: Problem, batch: Any, in_place: InPlace 
 
     def of_loss(loss: Any) -> set[str]:
         def value(models: Any) -> Tensor:
-            versions = _versions(batch)
+            before = [(x, x._version, x.clone()) for x in pytree.tree_leaves(batch) if _may_change(x)]
             found = loss_value(loss, models, batch, name)[0]
-            if _versions(batch) != versions:
+            if any(x._version != version and not _equal(x, copy) for x, version, copy in before):
                 raise ValueError(
                     f"problem {name!r}: its loss changes its batch in place, which it is to see again as it was: steps "
                     "are run again and losses evaluated several times. Compute new tensors: x = x / 255 in place of "
@@ -116,10 +116,12 @@ def dry_reads(network: Network, problem: Problem, batch: Any, in_place: InPlace 
     )
 
 
-def _versions(batch: Any) -> list[int]:
-    """Return how often each tensor of a batch has been changed in place."""
-    leaves = pytree.tree_leaves(batch)
-    return [leaf._version for leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_inference()]
+def _may_change(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.layout is torch.strided and not leaf.is_inference()
+
+
+def _equal(tensor: Tensor, other: Tensor) -> bool:
+    return tensor.shape == other.shape and torch.allclose(tensor, other, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 def _seen_from_outside(network: Network, problem: Problem) -> dict[str, nn.Parameter]:

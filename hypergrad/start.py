@@ -66,7 +66,6 @@ class Start:
         if self._losses.in_place is not None:  # without `upper`, parameters are read as they are
             values = {key: held(v) if is_shard(v) else v for key, v in values.items()}
         name = self._losses.name
-        self._refuse_others(values)
         missing = [key for key in self._variables if key not in values]
         if missing:
             raise ValueError(
@@ -81,14 +80,12 @@ class Start:
                 )
         return {key: values[key] for key in self._variables}
 
-    def _refuse_others(self, values: Params) -> None:
-        """Raise a ValueError for values that would be lost: of what the optimizer does not hold, or of nothing."""
-        others = values.keys() - self._variables.keys()
-        if not others:
-            return
-        module = self._losses.problem.module
-        present = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers())}
-        lost = sorted(k for k in others if k not in present or values[k].data_ptr() != held(present[k]).data_ptr())
+    def check(self) -> None:
+        """Raise a ValueError for values that do not fit, or that would be lost: of what the optimizer does not hold."""
+        values, module = self._losses.call(lambda models: dict(self._function(models))), self._losses.problem.module
+        self.values({})
+        constants = {k: held(p) for k, p in module.named_parameters() if k in values and k not in self._variables}
+        lost = [k for k, p in constants.items() if values[k].shape != p.shape or not torch.equal(held(values[k]), p)]
         if lost:
             raise ValueError(
                 f"problem {self._losses.name!r}: start returns {lost}, which are not among what its optimizer trains, "

@@ -13,7 +13,7 @@ from hypergrad._autograd import by_autograd, is_connected, leaf, underlying
 from hypergrad._compiled import Compile, compiled_gradient, to_compile
 from hypergrad._flat import Layout, Params, constant
 from hypergrad._functional import Loss, Residual, arity, in_transform, scalar, second_name
-from hypergrad._random import RandomState, random_state, replaying
+from hypergrad._random import RandomState, random_state, replaying, same_state
 from hypergrad._tape import (
     add,
     explained_grad,
@@ -369,10 +369,12 @@ def take(
     else:
         grad = live.untaped_gradient(flat, upper, compile)
     if grad is not None:
-        if recipe.hyper or recipe.project is not None:
-            step = replace(step, recipe=replace(recipe, random=random_state(flat.device)))
+        may_draw = bool(recipe.hyper) or recipe.project is not None
+        random = random_state(flat.device) if may_draw else None
         with torch.no_grad():
             flat, states = recipe.update(flat, grad, states, upper, step.index)
+        if may_draw and not same_state(random, random_state(flat.device)):
+            step = replace(step, recipe=replace(recipe, random=random))
     if in_transform():
         flat, states = constant(flat), constant_states(states)
     return step, flat, states

@@ -363,13 +363,12 @@ def _unmoved(batches: Iterable[Any]) -> list[Any]:
     for index, batch in enumerate(batches):
         listed.append(batch)
         leaves = [underlying(x) for x in pytree.tree_leaves(batch) if isinstance(x, Tensor)]
-        yielded += [(index, x, x._version) for x in leaves if not x.is_inference()]
+        yielded += [(index, x, x._version) for x in leaves if not x.is_inference() and not x._is_view()]
     moved = [index for index, x, version in yielded if x._version != version]
     if moved:
         raise ValueError(
-            f"batches: a tensor of batch {moved[0]} was changed in place after it was yielded (or one that shares "
-            "its memory was), and each step keeps its batch until it is differentiated. Yield new tensors, "
-            "batch.clone() for instance."
+            f"batches: a tensor of batch {moved[0]} was changed in place after it was yielded, and each step keeps its "
+            "batch until it is differentiated. Yield new tensors, batch.clone() for instance."
         )
     return listed
 

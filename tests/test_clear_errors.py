@@ -216,6 +216,16 @@ def test_steps_and_constant_losses_are_no_wrong_products(seed: int) -> None:
         hg.check_product(loss, lower, U)
 
 
+def test_a_bend_sharper_than_any_difference_is_no_wrong_product() -> None:
+    sharp = {"w": torch.tensor([1.0, 2.0], dtype=torch.float64)}
+
+    def bent(w: Any, u: Any, b: Any) -> Tensor:
+        x = 1e9 * (w["w"] - sharp["w"])
+        return torch.logaddexp(x + 0.1, -x - 0.1).sum() + (u["c"] ** 2).sum()
+
+    hg.check_product(bent, sharp, U)
+
+
 def test_a_stop_gradient_hides_no_wrong_product() -> None:
     class Once(torch.autograd.Function):
         @staticmethod

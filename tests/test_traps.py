@@ -347,20 +347,6 @@ def test_a_run_that_its_record_does_not_hold_is_refused(retain: float) -> None:
             hg.hypergradient(lambda w, u, b: w["w"].sum(), run, upper, method=method)
 
 
-def test_a_buffer_written_outside_of_forward_is_refused() -> None:
-    """Here no replay would put it back, as it does with what a forward writes."""
-    net = nn.BatchNorm1d(3, affine=False).double()
-
-    def loss(w: Any, u: Any, b: Any) -> Tensor:
-        value = ((net(w["w"]) - u["c"]) ** 2).sum()
-        net.running_mean.mul_(0.9)
-        return value
-
-    lower, upper = {"w": torch.randn(4, 3, dtype=torch.float64)}, {"c": torch.ones(3, dtype=torch.float64)}
-    with pytest.raises(ValueError, match=r"the buffer 'running_mean' of a BatchNorm1d is written outside"):
-        hg.descend(loss, lower, upper, optimizer=hg.optim.SGD(lr=0.1), batches=[None] * 2)
-
-
 def test_a_hypergradient_inside_a_loss_leaves_everything_as_found() -> None:
     """The inner one finds the buffers as the outer one's calls left them; neither leaves its copies behind."""
     norm = Noting(6)

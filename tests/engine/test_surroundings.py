@@ -163,6 +163,53 @@ def test_a_lower_module_read_through_one_that_holds_it() -> None:
     assert whole.r.grad.abs() > 1e-3
 
 
+def test_what_start_returns_beside_the_variables_is_let_be() -> None:
+    """Buffers, other names, and what the module holds anyway; what would be lost is refused."""
+    net, up = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)), nn.Module()
+    net[0].requires_grad_(False)
+    up.net, up.r = copy.deepcopy(net).requires_grad_(True), nn.Parameter(torch.tensor(-1.0))
+
+    def start(m: Any) -> dict[str, Tensor]:
+        own = {key: p.clone() for key, p in net[0].named_parameters(prefix="0")}
+        return {**dict(m.up.net.named_parameters()), **dict(m.up.net.named_buffers()), "rate": m.up.r, **own}
+
+    build(net, up=up, start=start, after="restart").step()
+
+
+def test_parametrizing_a_parameter_between_steps_is_refused() -> None:
+    class Twice(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * x
+
+    net = network()
+    engine = build(net, method=METHODS["Implicit"])
+    engine.step()
+    nn.utils.parametrize.register_parametrization(net[0], "weight", Twice())
+    with pytest.raises(ValueError, match=r"'net': its parameter '0\.weight' has been replaced"):
+        engine.step()
+
+
+class Attributes(dict):
+    """A dict whose entries are attributes."""
+
+    __getattr__ = dict.__getitem__
+
+
+def test_batches_of_a_class_of_their_own_stay_that() -> None:
+    def loss(m: Any, batch: Any) -> Tensor:
+        penalty = torch.stack([p.square().sum() for p in m.net.parameters()]).sum()
+        return F.cross_entropy(m.net(batch.x), batch.y) + m.up.r.exp() * penalty
+
+    build(network(), loss=loss, data=[Attributes(x=X, y=Y)]).step()
+
+
+def test_a_batch_that_is_changed_to_what_it_was_is_no_other() -> None:
+    def loss(m: Any, batch: Any) -> Tensor:
+        return penalized(m, None) + 0.0 * batch.clamp_(-9, 9).sum()
+
+    build(network(), loss=loss, data=[X.clone()]).step()
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_loss_may_pop_entries_of_its_batch(method: str) -> None:
     class Popped:
