@@ -1,7 +1,8 @@
 """The benchmark page's tables: `python docs/_hooks/benchmark_tables.py FOLDER` takes over what a run wrote there.
 
 Copies results.json, claims.json and the figures from FOLDER to docs/benchmarks/, as far as they are there, and writes
-the tables into docs/benchmarks.md between their markers. Without FOLDER it writes them from docs/benchmarks/ again.
+the tables into docs/benchmarks.md between their markers. With a name after FOLDER the results are kept as NAME.json,
+for a run of some problems apart. Without FOLDER it writes the tables from docs/benchmarks/ again.
 """
 
 from __future__ import annotations
@@ -17,14 +18,16 @@ from hypergrad.bench.results import Results
 DOCS = Path(__file__).resolve().parents[1]
 KEPT = DOCS / "benchmarks"
 PAGE = DOCS / "benchmarks.md"
+RUNS = ("results", "transformer")
+"""The files of results that the page has tables of."""
 
 
-def take(folder: Path) -> None:
-    """Copy a run's files to where the page finds them."""
+def take(folder: Path, name: str = "results") -> None:
+    """Copy a run's files to where the page finds them, its results as `name`.json."""
     KEPT.mkdir(exist_ok=True)
     for pattern in ("results.json", "claims.json", "*.png"):
         for path in folder.glob(pattern):
-            shutil.copyfile(path, KEPT / path.name)
+            shutil.copyfile(path, KEPT / (f"{name}.json" if path.name == "results.json" else path.name))
 
 
 def page(text: str, kept: Path = KEPT) -> str:
@@ -32,11 +35,12 @@ def page(text: str, kept: Path = KEPT) -> str:
     if (kept / "claims.json").exists():
         found = json.loads((kept / "claims.json").read_text(encoding="utf-8"))
         text = _between(text, "claims", claims_report.table(found))
-    if (kept / "results.json").exists():
-        found = results.load(kept / "results.json")
-        drawn = [name for name in found.problems if (kept / figures.file_name(name)).exists()]
-        content = report.markdown(found, drawn, level=3, folder="benchmarks/")
-        text = _between(text, "results", _losses(found) + "\n\n" + content.strip())
+    for run in RUNS:
+        if (kept / f"{run}.json").exists():
+            found = results.load(kept / f"{run}.json")
+            drawn = [name for name in found.problems if (kept / figures.file_name(name)).exists()]
+            content = report.markdown(found, drawn, level=3, folder="benchmarks/")
+            text = _between(text, run, _losses(found) + "\n\n" + content.strip())
     return text
 
 
@@ -72,5 +76,5 @@ def _between(text: str, name: str, content: str) -> str:
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        take(Path(sys.argv[1]))
+        take(Path(sys.argv[1]), *sys.argv[2:])
     PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
