@@ -113,7 +113,8 @@ def check_runner(runner: Runner, upper: Params) -> None:
     _check_hooks(runner)
     with untouched(runner.layout.device), torch.no_grad():
         if runner.start is not None:
-            runner.start.check()
+            runner.start.values({})
+            runner.start.check_nothing_lost()
         values = {name: runner.hyper_value(name) for name in problem.hyper}
     if problem.tasks is None:
         check_hyper(problem.optimizer, values, problem.name)

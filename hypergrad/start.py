@@ -62,9 +62,7 @@ class Start:
 
     def values(self, upper: Params) -> Params:
         """Return the parameters at which the problem begins, as a function of `upper`."""
-        values = self._losses.call(lambda models: dict(self._function(models)), upper)
-        if self._losses.in_place is not None:  # without `upper`, parameters are read as they are
-            values = {key: held(v) if is_shard(v) else v for key, v in values.items()}
+        values = self._returned(upper)
         name = self._losses.name
         missing = [key for key in self._variables if key not in values]
         if missing:
@@ -80,15 +78,20 @@ class Start:
                 )
         return {key: values[key] for key in self._variables}
 
-    def check(self) -> None:
-        """Raise a ValueError for values that do not fit, or that would be lost: of what the optimizer does not hold."""
-        values, module = self._losses.call(lambda models: dict(self._function(models))), self._losses.problem.module
-        self.values({})
+    def check_nothing_lost(self) -> None:
+        """Raise a ValueError for values of parameters that the optimizer does not hold, other than they have."""
+        values, module = self._returned({}), self._losses.problem.module
         constants = {k: held(p) for k, p in module.named_parameters() if k in values and k not in self._variables}
-        lost = [k for k, p in constants.items() if values[k].shape != p.shape or not torch.equal(held(values[k]), p)]
+        lost = [k for k, p in constants.items() if values[k].shape != p.shape or not torch.equal(values[k], p)]
         if lost:
             raise ValueError(
                 f"problem {self._losses.name!r}: start returns {lost}, which are not among what its optimizer trains, "
                 f"{list(self._variables)}: they would be lost. Let the optimizer hold them in a group with lr=0 (the "
                 "body in ANIL), or read them in the loss where they come from, and return the others alone."
             )
+
+    def _returned(self, upper: Params) -> Params:
+        values: Params = self._losses.call(lambda models: dict(self._function(models)), upper)
+        if self._losses.in_place is None:
+            return values
+        return {key: held(v) if is_shard(v) else v for key, v in values.items()}  # without `upper`, as they are

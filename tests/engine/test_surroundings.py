@@ -37,18 +37,19 @@ def penalized(m: Any, batch: Any) -> Tensor:
     return F.cross_entropy(m.net(X), Y) + m.up.r.exp() * penalty
 
 
-def build(net: nn.Module, optimizer: Any = None, *, up: nn.Module | None = None, **options: Any) -> hg.Engine:
+def validated(m: Any, batch: Any) -> Tensor:
+    return F.cross_entropy(m.net(X.flip(0)), Y)
+
+
+def build(
+    net: nn.Module, optimizer: Any = None, *, up: nn.Module | None = None, above: Any = validated, **options: Any
+) -> hg.Engine:
     up = Rate() if up is None else up
     options = {"loss": penalized, "data": [None], "steps": 5, "method": hg.Unrolled(), **options}
     trained = [p for p in net.parameters() if p.requires_grad]
     lower = hg.Problem("net", module=net, optimizer=optimizer or torch.optim.SGD(trained, lr=0.5), **options)
-    upper = hg.Problem(
-        "up",
-        module=up,
-        loss=lambda m, _: F.cross_entropy(m.net(X.flip(0)), Y),
-        optimizer=torch.optim.SGD([up.r], lr=0.0),
-        data=[None],
-    )
+    sgd = torch.optim.SGD([up.r], lr=0.0)
+    upper = hg.Problem("up", module=up, loss=above, optimizer=sgd, data=[None])
     return hg.Engine([lower, upper])
 
 
@@ -142,23 +143,7 @@ def test_a_lower_module_read_through_one_that_holds_it() -> None:
     build(apart, up=up).step()
     net = network()
     whole = Whole(net)
-    lower = hg.Problem(
-        "net",
-        module=net,
-        loss=penalized,
-        optimizer=torch.optim.SGD(net.parameters(), lr=0.5),
-        data=[None],
-        steps=5,
-        method=hg.Unrolled(),
-    )
-    upper = hg.Problem(
-        "up",
-        module=whole,
-        loss=lambda m, _: F.cross_entropy(m.up(X.flip(0)), Y),
-        optimizer=torch.optim.SGD([whole.r], lr=0.0),
-        data=[None],
-    )
-    hg.Engine([lower, upper]).step()
+    build(net, up=whole, above=lambda m, _: F.cross_entropy(m.up(X.flip(0)), Y)).step()
     torch.testing.assert_close(whole.r.grad, up.r.grad)
     assert whole.r.grad.abs() > 1e-3
 
