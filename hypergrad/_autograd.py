@@ -9,7 +9,7 @@ in compiled regions, derivatives are those of `torch.func`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -74,6 +74,13 @@ def grads(
         bars = [torch.ones_like(out) for out in whole] if cotangents is None else [vmap.unwrap(c) for c in cotangents]
         found = _grad(whole, [_functorch.get_unwrapped(x) for x in inputs], bars, create_graph, retain_graph)
     return [None if g is None else vmap.wrap(g) for g in found]
+
+
+def slopes(value: Tensor, at: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
+    """Return the derivatives of a scalar in what `leaf` returned, by name; None where it does not depend on one."""
+    if not is_connected(value):
+        return dict.fromkeys(at)
+    return dict(zip(at, grads([value], list(at.values())), strict=True))
 
 
 def _grad(

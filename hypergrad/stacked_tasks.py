@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hypergrad._autograd import grads, leaf
+from hypergrad._autograd import leaf, slopes
 from hypergrad._compiled import to_compile
 from hypergrad._compiled_check import same
 from hypergrad._flat import Layout, Params
@@ -71,18 +71,18 @@ def stacked_outcome(
 
     flats = {name: record.end_flat for name, record in records.items()}
     layouts = {name: record.layout for name, record in records.items()}
-    values, metrics, slopes = _judged(network, top, members, layouts, flats, upper, buffers, batch)
-    grad = {name: torch.zeros_like(u) if (g := slopes[name]) is None else g for name, u in upper.items()}
+    values, metrics, found = _judged(network, top, members, layouts, flats, upper, buffers, batch)
+    grad = {name: torch.zeros_like(u) if (g := found[name]) is None else g for name, u in upper.items()}
     for member in members:
-        method, cotangent = member.problem.method, slopes[member.name]
-        if member.problem.responds and isinstance(method, Unrolled) and cotangent is not None:
+        method, cotangent = member.problem.method, found.get(member.name)
+        if isinstance(method, Unrolled) and cotangent is not None:
             grad = add(grad, method.vjp(records[member.name], upper, cotangent).grad)
     code = Result.SUCCESS.tensor(values.device)
     return {"grad": grad, "value": values.detach(), "metrics": metrics, "code": code}
 
 
 Judgement = tuple[Tensor, Params, dict[str, Tensor | None]]
-"""The values and the metrics of each task, and the derivatives of the sum in lower ends and upper parameters."""
+"""The values and the metrics of each task, and the derivatives of the sum in ends that respond and upper parameters."""
 
 
 def _judged(
@@ -96,14 +96,15 @@ def _judged(
     batch: Any,
 ) -> Judgement:
     """Return the reader's loss at the ends of the runs; compiled where a method compiles, if it can be."""
-    judge = _Judge(network, top, layouts)
+    respond = [member.name for member in members if member.problem.responds]
+    judge = _Judge(network, top, layouts, respond)
 
     def eagerly() -> Judgement:
         with torch.enable_grad():
-            leaves = {name: leaf(x) for name, x in (flats | upper).items()}
-            values, metrics = judge.values({n: leaves[n] for n in flats}, {n: leaves[n] for n in upper}, buffers, batch)
-            slopes = grads([values.sum()], list(leaves.values()))
-        return values.detach(), metrics, dict(zip(leaves, slopes, strict=True))
+            ends, at = {name: leaf(flats[name]) for name in respond}, {name: leaf(u) for name, u in upper.items()}
+            values, metrics = judge.values(flats | ends, at, buffers, batch)
+            found = slopes(values.sum(), ends | at)
+        return values.detach(), metrics, found
 
     compile = next((m.problem.method.compile for m in members if isinstance(m.problem.method, Unrolled)), False)
     compile = to_compile("Unrolled", compile)
@@ -117,7 +118,7 @@ def _judged(
         return eagerly()
 
     def is_right(found: Any) -> bool:
-        expected, other = (_joined(values, slopes, flats | upper) for values, _, slopes in (eagerly(), found))
+        expected, other = (_joined(values, derivatives, flats | upper) for values, _, derivatives in (eagerly(), found))
         size = expected.norm()
         return same(other, expected, size=size, noise=torch.zeros_like(size), floor=size, compile=compile)
 
@@ -128,18 +129,18 @@ def _judged(
     return eagerly() if value is None else value
 
 
-def _joined(values: Tensor, slopes: Mapping[str, Tensor | None], like: Params) -> Tensor:
+def _joined(values: Tensor, derivatives: Mapping[str, Tensor | None], like: Params) -> Tensor:
     """Return values and derivatives as one vector."""
-    parts = [torch.zeros_like(x) if (slope := slopes[name]) is None else slope for name, x in like.items()]
+    parts = [torch.zeros_like(like[name]) if d is None else d for name, d in derivatives.items()]
     return torch.cat([part.reshape(-1).to(values.dtype) for part in (values, *parts)])
 
 
 class _Judge:
     """The reader's loss over stacked tasks."""
 
-    def __init__(self, network: Network, top: Runner, layouts: Mapping[str, Layout]) -> None:
-        """Read the ends of runs by `layouts`."""
-        self._network, self._top, self._layouts = network, top, layouts
+    def __init__(self, network: Network, top: Runner, layouts: Mapping[str, Layout], respond: Sequence[str]) -> None:
+        """Read the ends of runs by `layouts`; derivatives are asked for in those that `respond`."""
+        self._network, self._top, self._layouts, self._respond = network, top, layouts, respond
 
     def values(self, flats: Params, upper: Params, buffers: Params, batch: Any) -> tuple[Tensor, Params]:
         """Return the loss of each task and its metrics."""
@@ -161,14 +162,15 @@ class _Judge:
 
     def with_slopes(self, flats: list[Tensor], upper: Params, buffers: Params, batch: Any, _: None) -> Judgement:
         """Return the same with the derivatives of the sum."""
+        known = dict(zip(self._layouts, flats, strict=True))
 
         def total(ends: Params, u: Params) -> tuple[Tensor, tuple[Tensor, Params]]:
-            values, metrics = self.values(ends, u, buffers, batch)
+            values, metrics = self.values(known | ends, u, buffers, batch)
             return values.sum(), (values, metrics)
 
-        ends = dict(zip(self._layouts, flats, strict=True))
-        slopes, (values, metrics) = torch.func.grad(total, argnums=(0, 1), has_aux=True)(ends, upper)
-        return values, metrics, {**slopes[0], **slopes[1]}
+        ends = {name: known[name] for name in self._respond}
+        found, (values, metrics) = torch.func.grad(total, argnums=(0, 1), has_aux=True)(ends, upper)
+        return values, metrics, {**found[0], **found[1]}
 
 
 def _descend(

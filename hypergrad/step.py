@@ -393,6 +393,8 @@ def distance(layout: Layout, began: Tensor, ended: Tensor, again: Tensor, grad: 
         grad: the gradient at `began`.
         num_steps: taken from there.
     """
+    if torch.equal(again, ended):
+        return None
     weights = grad.abs()
     moved, gap, size = (layout.norm(weights * x) for x in (ended - began, again - ended, ended))
     rounding = 4 * num_steps * max(torch.finfo(dtype).eps for dtype in layout.dtypes)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from hypergrad._autograd import grads, leaf
+from hypergrad._autograd import leaf, slopes
 from hypergrad._flat import Params
 from hypergrad._random import random_state, restore_random_state
 from hypergrad._result import Result
@@ -122,12 +122,13 @@ def _one_task(network: Network, top: Runner, members: Sequence[Runner]) -> OneTa
             return value
 
         with torch.enable_grad():
-            flats = {name: leaf(record.end_flat) for name, record in records.items()}
+            flats = {name: record.end_flat for name, record in records.items()}
+            respond = {member.name: leaf(flats[member.name]) for member in members if member.problem.responds}
             leaves = {name: leaf(u) for name, u in upper.items()}
-            value = upper_loss(flats, leaves)
-            slopes = dict(zip([*flats, *leaves], grads([value], [*flats.values(), *leaves.values()]), strict=True))
+            value = upper_loss(flats | respond, leaves)
+            found = slopes(value, respond | leaves)
         value = value.detach()
-        direct = {name: torch.zeros_like(u) if (g := slopes[name]) is None else g for name, u in leaves.items()}
+        direct = {name: torch.zeros_like(u) if (g := found[name]) is None else g for name, u in leaves.items()}
         grad = {name: torch.zeros_like(u) for name, u in upper.items()}
         code = Result.SUCCESS.tensor(value.device)
         for member in members:
@@ -139,7 +140,7 @@ def _one_task(network: Network, top: Runner, members: Sequence[Runner]) -> OneTa
                 grad, direct = add(grad, method.direction(record, upper)), {}
                 continue
             if isinstance(method, ResponseMethod):
-                cotangent = slopes[member.name]
+                cotangent = found[member.name]
                 if cotangent is None:
                     continue
                 pulled = method.vjp(record, upper, cotangent)

@@ -9,7 +9,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from ssl_tasks.instances import InstanceTasks, Pair, deviation, instance_accuracy, instance_logits
+from ssl_tasks.instances import InstanceTasks, Pair, deviation, embedded, instance_accuracy, instance_logits
 from ssl_tasks.losses import divergence
 from ssl_tasks.pretext import Pretext, Tower
 from ssl_tasks.recipes import Pretraining
@@ -75,10 +75,11 @@ def held_out(
         support, query = ((one[0], two[0]) for one, two in (batch["support"], batch["query"]))
         best = specialist(tower, support, recipe.pretext, target, steps=steps, rate=rate)
         with torch.no_grad():
-            own = instance_logits(tower, support, query, temperature=temperature)
-            ahead = instance_logits(best, support, query, temperature=temperature)
+            views = embedded(tower, support, query)
+            own = instance_logits(views, temperature=temperature)
+            ahead = instance_logits(embedded(best, support, query), temperature=temperature)
             totals["sigma"] += float(sigma(ahead, own)) / tasks
             totals["task_accuracy"] += 100 * float(instance_accuracy(own)) / tasks
             totals["adapted_accuracy"] += 100 * float(instance_accuracy(ahead)) / tasks
-            totals["deviation"] += float(deviation(tower(torch.cat(query)))) / tasks
+            totals["deviation"] += float(deviation(views[1])) / tasks
     return totals

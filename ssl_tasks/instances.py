@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ssl_tasks.augment import Augmentation
+from ssl_tasks.losses import unit
 from ssl_tasks.readers import to_float
 
 Pair = tuple[Tensor, Tensor]
@@ -63,20 +63,34 @@ class InstanceTasks:
                 yield {"support": support, "query": (shaped[-2], shaped[-1])}
 
 
-def instance_logits(tower: Any, support: Sequence[Tensor], query: Sequence[Tensor], *, temperature: float) -> Tensor:
-    """Return how alike each query view is to each instance, cosines over the temperature, (views x ways, ways).
+Embedded = tuple[Tensor, Tensor]
+"""Unit-length embeddings of a task's support and query views, each (views, ways, dim)."""
 
-    pi(f) of a task is their softmax: a query view against the mean support embedding of every instance.
+
+def embedded(tower: Any, support: Sequence[Tensor], query: Sequence[Tensor]) -> Embedded:
+    """Return the unit-length embeddings of a task's views, all passed in one batch.
 
     Args:
         tower: a model, or what a problem's loss sees of it.
         support: views of all instances, (ways, ...) each.
         query: further views, in the same order.
+    """
+    z = unit(tower(torch.cat([*support, *query])))
+    ways = len(support[0])
+    return z[: len(support) * ways].view(len(support), ways, -1), z[len(support) * ways :].view(len(query), ways, -1)
+
+
+def instance_logits(views: Embedded, *, temperature: float) -> Tensor:
+    """Return how alike each query view is to each instance, cosines over the temperature, (views x ways, ways).
+
+    pi(f) of a task is their softmax: a query view against the mean support embedding of every instance.
+
+    Args:
+        views: of support and query, as `embedded` by f.
         temperature: positive.
     """
-    z = F.normalize(tower(torch.cat([*support, *query])), dim=1).chunk(len(support) + len(query))
-    means = F.normalize(torch.stack(z[: len(support)]).mean(0), dim=1)
-    return torch.cat(z[len(support) :]) @ means.T / temperature
+    support, query = views
+    return query.flatten(0, 1) @ unit(support.mean(0)).T / temperature
 
 
 def instance_accuracy(logits: Tensor) -> Tensor:
@@ -89,7 +103,10 @@ def deviation(z: Tensor) -> Tensor:
     """Return the mean standard deviation of unit-length embeddings' coordinates, times sqrt(dim).
 
     Near 1 for embeddings spread over the sphere, 0 once all are the same: the collapse to watch for.
+
+    Args:
+        z: unit-length embeddings, (..., dim).
     """
-    unit = F.normalize(z, dim=1)
-    centred = unit - unit.mean(0)
-    return (centred.square().mean(0) + 1e-12).sqrt().mean() * z.shape[1] ** 0.5
+    rows = z.flatten(0, -2)
+    centred = rows - rows.mean(0)
+    return (centred.square().mean(0) + 1e-12).sqrt().mean() * z.shape[-1] ** 0.5

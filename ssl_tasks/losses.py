@@ -41,13 +41,12 @@ def nt_xent(first: Tensor, second: Tensor, *, temperature: float = 0.5) -> Tenso
     if temperature <= 0:
         raise ValueError(f"temperature must be positive, got {temperature}.")
     n = first.shape[0]
-    z = F.normalize(torch.cat([first, second]), dim=1)
+    z = unit(torch.cat([first, second]))
     similarity = z @ z.T / temperature
     # a large finite number, not -inf: 0 * inf would be NaN in the second derivative
-    itself = torch.eye(2 * n, dtype=torch.bool, device=z.device)
-    similarity = similarity.masked_fill(itself, torch.finfo(z.dtype).min / 2)
-    other_view = torch.arange(2 * n, device=z.device).roll(n)
-    return F.cross_entropy(similarity, other_view)
+    never = torch.full((2 * n,), torch.finfo(similarity.dtype).min / 2, dtype=similarity.dtype, device=z.device)
+    log_p = F.log_softmax(similarity + torch.diag(never), 1)
+    return -torch.cat([log_p.diagonal(n), log_p.diagonal(-n)]).mean()
 
 
 def byol(predicted: Tensor, target: Tensor) -> Tensor:
@@ -70,7 +69,7 @@ def byol(predicted: Tensor, target: Tensor) -> Tensor:
     Reference: Grill et al., *Bootstrap Your Own Latent*, 2020, arXiv 2006.07733.
     """
     _check_pair("byol", predicted, target)
-    return 2 - 2 * (F.normalize(predicted, dim=1) * F.normalize(target, dim=1)).sum(1).mean()
+    return 2 - 2 * (unit(predicted) * unit(target)).sum(1).mean()
 
 
 def barlow_twins(first: Tensor, second: Tensor, *, off_diagonal: float = 0.0051) -> Tensor:
@@ -191,6 +190,23 @@ def divergence(target: Tensor, student: Tensor, *, reverse: bool = False) -> Ten
     p, q = (target, student) if not reverse else (student, target)
     log_p, log_q = F.log_softmax(p, 1), F.log_softmax(q, 1)
     return (log_p.exp() * (log_p - log_q)).sum(1).mean()
+
+
+def unit(z: Tensor) -> Tensor:
+    """Return the rows of z scaled to unit length, (n, d), by z / sqrt(|z|^2 + 1e-12): a row of zeros stays one.
+
+    Unlike `F.normalize` it is smooth, so that all derivatives are finite, and made of fewer operations.
+
+    Args:
+        z: embeddings, (n, d).
+
+    Example:
+        >>> import torch
+        >>> unit(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
+        tensor([[0.6000, 0.8000],
+                [0.0000, 0.0000]])
+    """
+    return z * (z.square().sum(1, keepdim=True) + 1e-12).rsqrt()
 
 
 def _standardized(z: Tensor) -> Tensor:

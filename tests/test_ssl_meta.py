@@ -18,7 +18,7 @@ from ssl_tasks.datasets import Data, Split
 from ssl_tasks.encoders import MLP
 from ssl_tasks.heldout import held_out, sigma
 from ssl_tasks.hypergradients import METHODS, MethodName
-from ssl_tasks.instances import InstanceTasks, deviation, instance_accuracy, instance_logits
+from ssl_tasks.instances import InstanceTasks, deviation, embedded, instance_accuracy, instance_logits
 from ssl_tasks.losses import byol, divergence
 from ssl_tasks.methods.bmssl import BMSSL
 from ssl_tasks.methods.gessl import GeSSL
@@ -121,7 +121,8 @@ def test_bmssl_steps_along_finite_differences_with_the_target_frozen(matching: A
             support, query = _task(batch, k)
             end = _descended(tower, at, [support, support], RECIPE.pretext)
             student, teacher = _At(tower, end), _At(tower, targets[k])
-            logits, ahead = (instance_logits(f, support, query, temperature=0.1) for f in (student, teacher))
+            seen, best = (embedded(f, support, query) for f in (student, teacher))
+            logits, ahead = (instance_logits(views, temperature=0.1) for views in (seen, best))
             both = torch.cat(query)
             if matching == "parameters":
                 total = total + sum(((end[key] - targets[k][key]) ** 2).sum() for key in end) / 2
@@ -130,7 +131,7 @@ def test_bmssl_steps_along_finite_differences_with_the_target_frozen(matching: A
             else:
                 total = total + divergence(ahead, logits, reverse=matching == "reverse-kl")
             total = total + mix * RECIPE.pretext(student, query)
-            total = total + guard * torch.relu(0.5 - deviation(student(both)))
+            total = total + guard * torch.relu(0.5 - deviation(seen[1]))
         return total / TASKS
 
     _check_by_differences(value, theta, _moved(own, trial))
@@ -179,7 +180,8 @@ def test_gessl_target_steps_along_finite_differences() -> None:
             support, query = _task(batch, k)
             named = {key.removeprefix("model."): p for key, p in at.items()}
             student = _At(tower, _descended(tower, named, [support] * 2, RECIPE.pretext))
-            both = (instance_logits(g, support, query, temperature=0.1) for g in (_At(tower, targets[k]), student))
+            views = (embedded(g, support, query) for g in (_At(tower, targets[k]), student))
+            both = (instance_logits(seen, temperature=0.1) for seen in views)
             total = total + sigma(*both) + 0.7 * RECIPE.pretext(student, query)
         return total / TASKS
 
@@ -288,7 +290,7 @@ def test_tasks_are_distinct_images_and_repeat_themselves() -> None:
 
 def test_instance_accuracy_and_deviation_know_the_extremes() -> None:
     assert float(instance_accuracy(torch.eye(3).repeat(2, 1))) == 1
-    assert float(deviation(torch.ones(5, 4))) < 1e-4
+    assert float(deviation(torch.full((5, 4), 0.5))) < 1e-4
     assert float(deviation(torch.cat([torch.eye(4), -torch.eye(4)]))) == pytest.approx(1.0)
 
 

@@ -31,7 +31,7 @@ import hypergrad as hg
 from ssl_tasks.controls import CONTROLS, SAME_STEPS, controls
 from ssl_tasks.heldout import MEASURES, held_out
 from ssl_tasks.hypergradients import MethodName, method_of
-from ssl_tasks.instances import InstanceTasks, deviation, instance_accuracy, instance_logits
+from ssl_tasks.instances import InstanceTasks, deviation, embedded, instance_accuracy, instance_logits
 from ssl_tasks.losses import byol, divergence
 from ssl_tasks.optimizers import OptimizerName, cosine, optimizer_of
 from ssl_tasks.pretext import FollowTarget
@@ -151,9 +151,11 @@ class BMSSL(System):
             return loss
 
         def meta_loss(models: Any, batch: dict[str, tuple[Tensor, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
-            matching, logits = self._matching(models.learner, models.teacher, batch)
-            spread = deviation(models.learner(torch.cat(batch["query"])))
-            loss = matching + self.guard * torch.relu(0.5 - spread)
+            views = embedded(models.learner, batch["support"], batch["query"])
+            logits, spread = instance_logits(views, temperature=self.temperature), deviation(views[1])
+            loss = matching = self._matching(models, logits, batch)
+            if self.guard:
+                loss = loss + self.guard * torch.relu(0.5 - spread)
             if self.mix:
                 loss = loss + self.mix * pretext(models.learner, batch["query"], target)
             return loss, {"matching": matching, "deviation": spread, "accuracy": instance_accuracy(logits)}
@@ -199,15 +201,14 @@ class BMSSL(System):
         )
         return hg.Engine([[level_one, bootstrap], level_two])
 
-    def _matching(self, student: Any, teacher: Any, batch: dict[str, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """Return D(teacher, student) on one task, and the student's logits."""
-        views = (batch["support"], batch["query"])
-        logits = instance_logits(student, *views, temperature=self.temperature)
+    def _matching(self, models: Any, logits: Tensor, batch: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
+        """Return D(teacher, student) on one task, of which these are the student's logits."""
+        student, teacher = models.learner, models.teacher
         if self.matching == "parameters":
             pairs = zip(student.parameters(), teacher.parameters(), strict=True)
-            return torch.stack([((p - q) ** 2).sum() for p, q in pairs]).sum() / 2, logits
+            return torch.stack([((p - q) ** 2).sum() for p, q in pairs]).sum() / 2
         if self.matching == "embedding":
             query = torch.cat(batch["query"])
-            return byol(student(query), teacher(query)), logits
-        ahead = instance_logits(teacher, *views, temperature=self.temperature)
-        return divergence(ahead, logits, reverse=self.matching == "reverse-kl"), logits
+            return byol(student(query), teacher(query))
+        ahead = instance_logits(embedded(teacher, batch["support"], batch["query"]), temperature=self.temperature)
+        return divergence(ahead, logits, reverse=self.matching == "reverse-kl")

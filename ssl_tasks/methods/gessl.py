@@ -32,7 +32,8 @@ from ssl_tasks.controls import CONTROLS, SAME_STEPS, controls
 from ssl_tasks.cost import Clock, peak_bytes
 from ssl_tasks.heldout import MEASURES, held_out, sigma
 from ssl_tasks.hypergradients import MethodName, method_of
-from ssl_tasks.instances import InstanceTasks, Pair, deviation, instance_accuracy, instance_logits
+from ssl_tasks.instances import InstanceTasks, Pair, deviation, embedded, instance_accuracy, instance_logits
+from ssl_tasks.losses import unit
 from ssl_tasks.optimizers import OptimizerName, cosine, optimizer_of
 from ssl_tasks.pretext import FollowTarget, Tower
 from ssl_tasks.recipes import LARGE, TINY, Evaluation, Pretraining, Source, SourceOptions
@@ -182,12 +183,10 @@ class GeSSL(System):
             return loss
 
         def outer(models: Any, batch: dict[str, Pair]) -> tuple[Tensor, dict[str, Tensor]]:
-            views = (batch["support"], batch["query"])
-            logits = instance_logits(models.learner, *views, temperature=self.temperature)
-            best = instance_logits(models.ahead, *views, temperature=self.temperature)
-            gap = sigma(best, logits)
-            metrics = {"sigma": gap, "accuracy": instance_accuracy(logits)}
-            metrics["deviation"] = deviation(models.learner(torch.cat(batch["query"])))
+            own, best = (embedded(f, batch["support"], batch["query"]) for f in (models.learner, models.ahead))
+            logits = instance_logits(own, temperature=self.temperature)
+            gap = sigma(instance_logits(best, temperature=self.temperature), logits)
+            metrics = {"sigma": gap, "accuracy": instance_accuracy(logits), "deviation": deviation(own[1])}
             if threshold:
                 return pretext(models.learner, batch["query"], target), metrics
             task = pretext(models.learner, batch["query"], target) if self.mix else torch.zeros_like(gap)
@@ -231,7 +230,7 @@ class GeSSL(System):
 
     def discrimination(self, own: Any, auxiliary: Any, views: Pair) -> Tensor:
         """Return L_disc(f, g; S): each view's threshold between its other view and everything else [rec]."""
-        z = F.normalize(own(torch.cat(views)), dim=1)
+        z = unit(own(torch.cat(views)))
         count = len(z)
         thresholds = torch.tanh(auxiliary(z))
         cosines, itself = z @ z.T, torch.eye(count, dtype=torch.bool, device=z.device)
