@@ -395,8 +395,8 @@ def distance(layout: Layout, began: Tensor, ended: Tensor, again: Tensor, grad: 
     """
     if torch.equal(again, ended):
         return None
-    weights = grad.abs()
-    moved, gap, size = (layout.norm(weights * x) for x in (ended - began, again - ended, ended))
+    moved, gap = (layout.norm((x - y).mul_(grad)) for x, y in ((ended, began), (again, ended)))
+    size = layout.norm(ended * grad)
     rounding = 4 * num_steps * max(torch.finfo(dtype).eps for dtype in layout.dtypes)
     return float(gap / moved) if gap > _TOLERANCE * moved + rounding * size else None
 
