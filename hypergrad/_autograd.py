@@ -39,6 +39,16 @@ def leaf(tensor: Tensor) -> Tensor:
     return vmap.wrap(many)
 
 
+def as_leaves(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the `leaf` of each tensor."""
+    vmap = _single_vmap()
+    if vmap is None:
+        return {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
+    with temporarily_pop_interpreter_stack():
+        many = {name: vmap.unwrap(tensor).detach().requires_grad_() for name, tensor in tensors.items()}
+    return {name: vmap.wrap(tensor) for name, tensor in many.items()}
+
+
 def is_connected(tensor: Tensor) -> bool:
     """Return whether autograd knows how `tensor` came about: its `requires_grad`, inside `vmap` that of the batch."""
     return underlying(tensor).requires_grad

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hypergrad._autograd import by_autograd, grads, is_connected, leaf, underlying
+from hypergrad._autograd import as_leaves, by_autograd, grads, is_connected, leaf, underlying
 from hypergrad._common_factor import CommonFactor, Traffic
 from hypergrad._eager import eagerly, is_eager
 from hypergrad._flat import Params
@@ -118,7 +118,7 @@ class AutogradTape(Tape):
                 self._upper = {name: _alias(u) for name, u in upper.items()}
             else:
                 self._lower = leaf(lower)
-                self._upper = {name: leaf(u) for name, u in upper.items()}
+                self._upper = as_leaves(upper)
             self._residual = residual(self._lower, self._upper)
         refuse_once_differentiable(self._residual)
         self.value = self._residual.detach()
@@ -313,7 +313,7 @@ def upper_gradient(loss: Callable[[Params], Tensor], upper: Params) -> Params:
         whole: Params = torch.func.grad(loss)(upper)
         return whole
     with torch.enable_grad():
-        leaves = {name: leaf(u) for name, u in upper.items()}
+        leaves = as_leaves(upper)
         value = loss(leaves)
         if not is_connected(value):
             return {}

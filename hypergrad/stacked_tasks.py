@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hypergrad._autograd import leaf, slopes
+from hypergrad._autograd import as_leaves, leaf, slopes
 from hypergrad._compiled import to_compile
 from hypergrad._compiled_check import same
 from hypergrad._flat import Layout, Params
@@ -101,7 +101,7 @@ def _judged(
 
     def eagerly() -> Judgement:
         with torch.enable_grad():
-            ends, at = {name: leaf(flats[name]) for name in respond}, {name: leaf(u) for name, u in upper.items()}
+            ends, at = {name: leaf(flats[name]) for name in respond}, as_leaves(upper)
             values, metrics = judge.values(flats | ends, at, buffers, batch)
             found = slopes(values.sum(), ends | at)
         return values.detach(), metrics, found

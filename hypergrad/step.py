@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hypergrad._autograd import by_autograd, is_connected, leaf, underlying
+from hypergrad._autograd import as_leaves, by_autograd, is_connected, leaf, underlying
 from hypergrad._compiled import Compile, compiled_gradient, to_compile
 from hypergrad._flat import Layout, Params, constant
 from hypergrad._functional import Loss, Residual, arity, in_transform, scalar, second_name
@@ -76,6 +77,11 @@ class Recipe:
         """Return whether the step's derivative in parameters, gradient and states needs the value of none of them."""
         bare = not self.hyper and self.clip_norm is None and self.clip_value is None and self.project is None
         return bare and all(optimizer.is_linear for optimizer, _ in self.optimizer.groups)
+
+    @cached_property
+    def is_descent(self) -> bool:
+        """Whether a step is plain gradient descent: w - lr g, with numbers lr."""
+        return self.is_linear() and self.rests_without_gradient()
 
     def update(self, flat: Tensor, grad: Tensor, states: States, upper: Params, index: int) -> tuple[Tensor, States]:
         """Return parameters and optimizer states after one step along `grad`."""
@@ -184,11 +190,14 @@ class Step:
         tensors = [leaf(t) for t in state_tensors(states)]
         with torch.enable_grad(), second_order():
             if self.taped is None or self.leaves is None or not self.tape_holds():
-                point, leaves = leaf(flat), {n: leaf(u) for n, u in upper.items()}
+                point, leaves = leaf(flat), as_leaves(upper)
                 grad = self._taped_gradient(point, leaves, compile)
                 refuse_once_differentiable(grad)
             else:
                 (point, leaves), grad = self.leaves, self.taped
+        if ended is None and self.recipe.is_descent:
+            return self._pull_descent(point, leaves, grad, states, upper, bar)
+        with torch.enable_grad():
             new, new_states = self.recipe.update(point, grad, with_tensors(states, tensors), leaves, self.index)
         if ended is not None:
             apart = distance(self.recipe.layout, flat, ended, new.detach(), grad.detach(), 1)
@@ -210,6 +219,19 @@ class Step:
         ]
         above = named(leaves, pulled[1 + len(tensors) :])  # of a kept tape, perhaps more than is asked for
         return known[0], with_tensors(states, known[1:]), {name: g for name, g in above.items() if name in upper}
+
+    def _pull_descent(
+        self, point: Tensor, leaves: Params, grad: Tensor, states: States, upper: Params, bar: Tensor
+    ) -> tuple[Tensor, States, Params]:
+        """Return the same for w - lr g: the cotangent of w is handed on, that of g is what the step makes of it."""
+        if not is_connected(grad):
+            return bar, states, {}
+        with torch.no_grad():
+            grad_bar, _ = self.recipe.updated(bar.new_zeros(()).expand(bar.shape), bar, states, {})
+        inputs, retain = [point, *leaves.values()], self.taped is not None
+        pulled, *above = explained_grad([grad], inputs, [grad_bar], retain_graph=retain)
+        found = named(leaves, above)
+        return bar if pulled is None else bar + pulled, states, {name: g for name, g in found.items() if name in upper}
 
     def _pull_in_parts(
         self,
@@ -346,10 +368,12 @@ def take(
     recording: Recording,
     num_steps: int,
     advance: Callable[[Step, Tensor, States, Params], tuple[Tensor, States]] | None = None,
+    above: Params | None = None,
 ) -> tuple[Step, Tensor, States]:
     """Return `step` as recorded, and the parameters and states after it; random draws go on from the generators.
 
-    `advance` takes the steps that are not taped, if there is one.
+    `advance` takes the steps that are not taped, if there is one; `above` are the leaves of `upper`, for those that
+    are.
     """
     if recording.keeps(step.index, num_steps):
         step = replace(step, flat=flat, states=states)
@@ -358,7 +382,7 @@ def take(
     compile = to_compile("Recording", recording.compile)
     grad: Tensor | None = None
     if recording.tapes(step.index) and by_autograd():
-        point, leaves = leaf(flat), {name: leaf(u) for name, u in upper.items()}
+        point, leaves = leaf(flat), as_leaves(upper) if above is None else above
         with second_order():
             taped = live._taped_gradient(point, leaves, compile)
         refuse_once_differentiable(taped)

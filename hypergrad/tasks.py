@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from hypergrad._autograd import leaf, slopes
+from hypergrad._autograd import as_leaves, leaf, slopes
 from hypergrad._flat import Params
 from hypergrad._random import random_state, restore_random_state
 from hypergrad._result import Result
@@ -124,7 +124,7 @@ def _one_task(network: Network, top: Runner, members: Sequence[Runner]) -> OneTa
         with torch.enable_grad():
             flats = {name: record.end_flat for name, record in records.items()}
             respond = {member.name: leaf(flats[member.name]) for member in members if member.problem.responds}
-            leaves = {name: leaf(u) for name, u in upper.items()}
+            leaves = as_leaves(upper)
             value = upper_loss(flats | respond, leaves)
             found = slopes(value, respond | leaves)
         value = value.detach()

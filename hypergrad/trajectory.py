@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from hypergrad._autograd import leaf, underlying
+from hypergrad._autograd import as_leaves, by_autograd, leaf, underlying
 from hypergrad._flat import Layout, Params, as_params, check_params, constant
 from hypergrad._functional import Loss, check_signature, in_transform
 from hypergrad._random import RandomState, random_state, replaying, same_state
@@ -251,11 +251,12 @@ def descend(
             states = constant_states(states)
         whole = fused(recipe, states, constants, recording.compile) if recording.taped_from is None else None
         advance = None if whole is None else whole.advance
+        above = as_leaves(constants) if recording.taped_from is not None and by_autograd() else None
         responds_at_random = response is not None and _draws(response, layout, flat, constants, batches[-1])
         for index, batch in enumerate(batches):
             replayed = index >= recording.first or index == len(batches) - 1
             step = Step(recipe, batch, index, random, buffers=buffers_left() if replayed else None)
-            step, flat, states = take(step, flat, states, constants, recording, len(batches), advance)
+            step, flat, states = take(step, flat, states, constants, recording, len(batches), advance, above)
             random = random_state(layout.device)
             if same_state(step.random, random):
                 step = replace(step, recipe=recipe, random=step.random if responds_at_random else None)

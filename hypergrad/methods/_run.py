@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hypergrad._autograd import by_autograd, grads, is_connected, leaf
+from hypergrad._autograd import as_leaves, by_autograd, grads, is_connected, leaf
 from hypergrad._flat import Params
 from hypergrad._functional import Loss, scalar
 from hypergrad._random import RandomState, random_state, replaying
@@ -98,7 +98,7 @@ def joint_gradient(
         (lower_grad, upper_grad), value = torch.func.grad_and_value(function, argnums=(0, 1))(flat, upper)
         return value, lower_grad, upper_grad
     with torch.enable_grad():
-        point, leaves = leaf(flat), {name: leaf(u) for name, u in upper.items()}
+        point, leaves = leaf(flat), as_leaves(upper)
         value = function(point, leaves)
         if not is_connected(value):
             return value.detach(), torch.zeros_like(flat), {}
@@ -160,7 +160,7 @@ def pull_start(trajectory: Trajectory, upper: Params, cotangent: Tensor) -> Para
         pulled: Params = pullback(cotangent)[0]
         return pulled
     with torch.enable_grad():
-        leaves = {name: leaf(u) for name, u in upper.items()}
+        leaves = as_leaves(upper)
         begun = run_start(trajectory, leaves)
         if not is_connected(begun):
             return {}

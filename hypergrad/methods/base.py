@@ -7,6 +7,7 @@ wider `Method` alone: d(upper loss)/d(upper), whole.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from hypergrad._autograd import by_autograd, grads, is_connected, leaf
+from hypergrad._autograd import as_leaves, by_autograd, grads, is_connected, leaf
 from hypergrad._flat import Params
 from hypergrad._functional import in_transform, scalar
 from hypergrad._result import Result, Stats
@@ -186,7 +187,7 @@ def partials(upper_loss: UpperLoss, trajectory: Trajectory, upper: Params, batch
         return value, cotangent, direct
     with torch.enable_grad():
         flat = leaf(trajectory.end_flat)
-        leaves = {name: leaf(u) for name, u in upper.items()}
+        leaves = as_leaves(upper)
         value = loss(flat, leaves)
         if not is_connected(value):
             raise ValueError(
@@ -224,9 +225,8 @@ def _sum(like: Tensor, first: Tensor | None, second: Tensor | None) -> Tensor:
 
 def finite_code(result: Tensor | None, value: Tensor, grad: Params) -> Tensor:
     """Return `result`, or NON_FINITE where the value or the gradient is not finite and `result` is no breakdown."""
-    finite = torch.isfinite(value)
-    for g in grad.values():
-        finite = finite & torch.isfinite(g).all()
+    largest = [torch.linalg.vector_norm(x, math.inf) for x in (value, *grad.values()) if x.numel()]
+    finite = torch.isfinite(torch.stack(largest)).all()
     code = Result.SUCCESS.tensor(value.device) if result is None else result
     unexplained = ~finite & (code < int(Result.NEGATIVE_CURVATURE))
     return torch.where(unexplained, Result.NON_FINITE.tensor(value.device), code)
