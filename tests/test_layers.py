@@ -22,7 +22,7 @@ LAYERS: dict[str, float] = {
     "_common_factor": 0,
     "_tape": 0,
     "_compiled_check": 0.05,
-    "_stacked": 0.1,
+    "_stacked", "_memory": 0.1,
     "_transposes": 0,
     "_compiled": 0.1,
     "_replayed": 0.2,
