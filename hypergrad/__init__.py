@@ -1,7 +1,6 @@
 """Hypergradients for bilevel and multilevel optimization in PyTorch."""
 
 from hypergrad import callbacks, distributed, methods, optim, solvers
-from hypergrad._memory import keep_freed_memory
 from hypergrad._result import Result, SolveError, Stats
 from hypergrad.averaged import Averaged
 from hypergrad.composite import Composite
@@ -57,8 +56,6 @@ from hypergrad.store import DamagedCheckpoint
 from hypergrad.trajectory import Trajectory, descend, solved, solved_root
 
 __version__ = "0.1.0"
-
-keep_freed_memory()
 
 __all__ = [
     "Agreement",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from hypergrad._again import distance
 from hypergrad._flat import Params
-from hypergrad.step import distance
 from hypergrad.trajectory import Trajectory
 
 

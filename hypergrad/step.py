@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hypergrad._again import distance
 from hypergrad._autograd import as_leaves, by_autograd, is_connected, leaf, underlying
 from hypergrad._compiled import Compile, compiled_gradient, to_compile
 from hypergrad._flat import Layout, Params, constant
@@ -402,31 +403,6 @@ def take(
     if in_transform():
         flat, states = constant(flat), constant_states(states)
     return step, flat, states
-
-
-def distance(layout: Layout, began: Tensor, ended: Tensor, again: Tensor, grad: Tensor, num_steps: int) -> float | None:
-    """Return how far from where it ended a run ends that is taken again, of the way it went; None if by rounding alone.
-
-    Each coordinate counts by its gradient: one that is zero but for rounding may go a whole step of Adam's either way.
-
-    Args:
-        layout: of all vectors here.
-        began: where both began.
-        ended: where the run ended.
-        again: where it ends now.
-        grad: the gradient at `began`.
-        num_steps: taken from there.
-    """
-    if torch.equal(again, ended):
-        return None
-    moved, gap = (layout.norm((x - y).mul_(grad)) for x, y in ((ended, began), (again, ended)))
-    size = layout.norm(ended * grad)
-    rounding = 4 * num_steps * max(torch.finfo(dtype).eps for dtype in layout.dtypes)
-    return float(gap / moved) if gap > _TOLERANCE * moved + rounding * size else None
-
-
-_TOLERANCE = 0.01
-"""Beyond rounding, on any device."""
 
 
 def versions(params: Params) -> tuple[int, ...]:

@@ -11,7 +11,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS: dict[str, float] = {
+    "_memory": 0,
     "_flat": 0,
+    "_again": 0,
     "_autocast": 0,
     "_autograd": 0,
     "_functional": 0,
@@ -22,7 +24,7 @@ LAYERS: dict[str, float] = {
     "_common_factor": 0,
     "_tape": 0,
     "_compiled_check": 0.05,
-    "_stacked", "_memory": 0.1,
+    "_stacked": 0.1,
     "_transposes": 0,
     "_compiled": 0.1,
     "_replayed": 0.2,
