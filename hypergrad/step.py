@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -79,10 +78,10 @@ class Recipe:
         bare = not self.hyper and self.clip_norm is None and self.clip_value is None and self.project is None
         return bare and all(optimizer.is_linear for optimizer, _ in self.optimizer.groups)
 
-    @cached_property
-    def is_descent(self) -> bool:
-        """Whether a step is plain gradient descent: w - lr g, with numbers lr."""
-        return self.is_linear() and self.rests_without_gradient()
+    def is_descent(self, states: States) -> bool:
+        """Return whether a step from these states is plain gradient descent, w - lr g."""
+        bare = self.is_linear() and not state_tensors(states)
+        return bare and all(is_zero(optimizer.decay().coupled) for optimizer, _ in self.optimizer.groups)
 
     def update(self, flat: Tensor, grad: Tensor, states: States, upper: Params, index: int) -> tuple[Tensor, States]:
         """Return parameters and optimizer states after one step along `grad`."""
@@ -196,7 +195,7 @@ class Step:
                 refuse_once_differentiable(grad)
             else:
                 (point, leaves), grad = self.leaves, self.taped
-        if ended is None and self.recipe.is_descent:
+        if ended is None and self.recipe.is_descent(states):
             return self._pull_descent(point, leaves, grad, states, upper, bar)
         with torch.enable_grad():
             new, new_states = self.recipe.update(point, grad, with_tensors(states, tensors), leaves, self.index)
