@@ -59,6 +59,21 @@ def underlying(tensor: Tensor) -> Tensor:
     return _functorch.get_unwrapped(tensor) if _functorch.is_batchedtensor(tensor) else tensor
 
 
+def all_finite(tensors: Sequence[Tensor]) -> Tensor:
+    """Return whether all entries are finite, a scalar; inside `vmap`, for each example."""
+    vmap, rest = _single_vmap(), [tensor for tensor in tensors if tensor.numel()]  # an empty one has no largest entry
+    if vmap is None:
+        return _finite_rows(rest, 1).squeeze(0)
+    with temporarily_pop_interpreter_stack():
+        of_each = _finite_rows([vmap.unwrap(tensor) for tensor in rest], vmap.size)
+    return vmap.wrap(of_each)
+
+
+def _finite_rows(tensors: Sequence[Tensor], rows: int) -> Tensor:
+    """Return for each of `rows` parts along the first dimension whether all is finite, by the largest magnitude."""
+    return torch.stack([x.reshape(rows, -1).abs().amax(1) for x in tensors]).isfinite().all(0)
+
+
 def grads(
     outputs: Sequence[Tensor],
     inputs: Sequence[Tensor],

@@ -256,14 +256,13 @@ def explained_grad(
 def _kinds(output: Tensor) -> set[type]:
     """Return the classes of the functions in the graph of `output`; to ask each for its name takes twice as long."""
     last = underlying(output).grad_fn
-    pending = [] if last is None else [last]
-    seen = set(pending)
-    while pending:
-        for node, _ in pending.pop().next_functions:
-            if node is not None and node not in seen:
-                seen.add(node)
-                pending.append(node)
-    return {type(node) for node in seen}
+    seen: set[Any] = set()
+    found = set() if last is None else {last}
+    while found:
+        seen |= found
+        found = {link[0] for node in found for link in node.next_functions} - seen
+        found.discard(None)
+    return set(map(type, seen))
 
 
 def _convolves(output: Tensor) -> bool:

@@ -7,7 +7,6 @@ wider `Method` alone: d(upper loss)/d(upper), whole.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from hypergrad._autograd import as_leaves, by_autograd, grads, is_connected, leaf
+from hypergrad._autograd import all_finite, as_leaves, by_autograd, grads, is_connected, leaf
 from hypergrad._flat import Params
 from hypergrad._functional import in_transform, scalar
 from hypergrad._result import Result, Stats
@@ -225,8 +224,7 @@ def _sum(like: Tensor, first: Tensor | None, second: Tensor | None) -> Tensor:
 
 def finite_code(result: Tensor | None, value: Tensor, grad: Params) -> Tensor:
     """Return `result`, or NON_FINITE where the value or the gradient is not finite and `result` is no breakdown."""
-    largest = [torch.linalg.vector_norm(x, math.inf) for x in (value, *grad.values()) if x.numel()]
-    finite = torch.isfinite(torch.stack(largest)).all()
+    finite = all_finite([value, *grad.values()])
     code = Result.SUCCESS.tensor(value.device) if result is None else result
     unexplained = ~finite & (code < int(Result.NEGATIVE_CURVATURE))
     return torch.where(unexplained, Result.NON_FINITE.tensor(value.device), code)
