@@ -255,9 +255,8 @@ def explained_grad(
 
 def _kinds(output: Tensor) -> set[type]:
     """Return the classes of the functions in the graph of `output`; to ask each for its name takes twice as long."""
-    last = underlying(output).grad_fn
     seen: set[Any] = set()
-    found = set() if last is None else {last}
+    found: set[Any] = {underlying(output).grad_fn} - {None}
     while found:
         seen |= found
         found = {link[0] for node in found for link in node.next_functions} - seen
