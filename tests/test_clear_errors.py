@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -98,6 +99,19 @@ def test_what_a_whole_method_returns_is_checked() -> None:
         gradient(ReturnsTotal(hg.Pulled(GRAD)))
     with pytest.raises(ValueError, match=r"ReturnsTotal\.total.*'c' of shape \(3,\)"):
         gradient(ReturnsTotal(hg.methods.Total({"c": torch.ones(3)})))
+
+
+def test_each_example_under_vmap_says_whether_its_own_gradient_is_finite() -> None:
+    def code(c: Tensor) -> Tensor:
+        upper = {"c": c, "none": torch.zeros(0, dtype=c.dtype)}
+        traj = hg.solved(lambda w, u, _: ((w["w"] - u["c"]) ** 2).sum(), {"w": torch.ones(2, dtype=c.dtype)})
+        method = hg.Implicit(hg.Exact())
+        upper_loss: Any = lambda w, u, _: (w["w"] ** 2).sum() + (u["c"] ** 2).sum()  # noqa: E731
+        return hg.hypergradient(upper_loss, traj, upper, method=method, throw=False).result
+
+    many = torch.tensor([[1.0, 2.0], [math.inf, 0.0], [0.0, math.nan], [3.0, 1e300]], dtype=torch.float64)
+    bad = torch.tensor([0, 1, 1, 1]) * int(hg.Result.NON_FINITE)  # the square of 1e300 is no number either
+    assert torch.func.vmap(code)(many).tolist() == [int(code(c)) for c in many] == bad.tolist()
 
 
 def test_what_a_rule_returns_is_checked_inside_vmap_and_compile() -> None:

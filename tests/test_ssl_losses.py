@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hypergrad.operators import Matrix
 from ssl_tasks.layerwise import LayerwiseCG
-from ssl_tasks.losses import barlow_twins, byol, divergence, reconstruction, vicreg
+from ssl_tasks.losses import barlow_twins, byol, divergence, reconstruction, unit, vicreg
 from ssl_tasks.optimizers import LARS, cosine
 from ssl_tasks.pretext import Pretext
 
@@ -132,6 +132,15 @@ def test_the_cosine_rises_and_ends_at_zero() -> None:
         schedule.step()
     assert rates[:3] == [0.5, 1.0, 1.0] and rates[4] == pytest.approx(0.5 * (1 + math.cos(math.pi / 2)))
     assert rates[-1] == 0
+
+
+def test_unit_is_normalize_and_smooth_at_zero() -> None:
+    z = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(unit(z), F.normalize(z, dim=1))
+    zero = torch.zeros(2, 3, requires_grad=True)
+    (slope,) = torch.autograd.grad(unit(zero).sum(), zero, create_graph=True)
+    (curvature,) = torch.autograd.grad(slope.sum(), zero)
+    assert not unit(zero).any() and bool(slope.isfinite().all()) and bool(curvature.isfinite().all())
 
 
 def test_the_layerwise_solver_solves_uncoupled_layers_only() -> None:

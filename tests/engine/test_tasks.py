@@ -411,3 +411,59 @@ def test_the_sweep_through_a_task_replays_its_draws(chunk: int) -> None:
     at = draw(3, seed=8)
     expected = finite_difference(lambda v: torch.tensor(run(v)[0], dtype=torch.float64), at, 1e-5)
     assert error(run(at)[1], expected) < 1e-6
+
+
+@pytest.mark.parametrize("compile", [False, "aot_eager"])
+@pytest.mark.parametrize("chunk", [1, 2, T])
+def test_a_reader_of_a_constant_member_has_its_slopes_in_the_other_alone(chunk: int, compile: bool | str) -> None:
+    def graph(top_loss: Any) -> tuple[nn.Module, hg.Engine]:
+        meta, task, teacher = net(), net(), net()
+        shared: dict[str, Any] = {"steps": 2, "tasks": T, "chunk": chunk, "select": lambda batch, _step: batch}
+        lower = hg.Problem(
+            "task",
+            module=task,
+            loss=fit,
+            optimizer=torch.optim.SGD(task.parameters(), lr=LR),
+            start=lambda m: dict(m.meta.named_parameters()),
+            method=hg.Unrolled(compile=compile),
+            **shared,
+        )
+        constant = hg.Problem(
+            "teacher",
+            module=teacher,
+            loss=lambda m, batch: F.mse_loss(m.teacher(batch[1][0]), batch[1][1]),
+            optimizer=torch.optim.SGD(teacher.parameters(), lr=LR),
+            start=lambda m: dict(hg.detach(m.task).named_parameters()),
+            detach=True,
+            **shared,
+        )
+        above = torch.optim.SGD(meta.parameters(), lr=1e-12)
+        upper = hg.Problem("meta", module=meta, loss=top_loss, optimizer=above, data=[tasks()])
+        return meta, engine([lower, constant], upper)
+
+    def follow(models: Any, batch: Any) -> Tensor:
+        x = batch[1][0]
+        return F.mse_loss(models.task(x), models.teacher(x))
+
+    def descended(w: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        for _ in range(2):
+            loss = F.mse_loss(functional_call(net(), w, (batch[0],)), batch[1])
+            slopes = torch.autograd.grad(loss, list(w.values()), create_graph=True)
+            w = {n: p - LR * g for (n, p), g in zip(w.items(), slopes, strict=True)}
+        return w
+
+    meta, both = graph(follow)
+    at = {n: p.detach().clone().requires_grad_() for n, p in meta.named_parameters()}
+    total = torch.zeros((), dtype=torch.float64)
+    for sx, sy, qx, qy in zip(*tasks()[0], *tasks()[1], strict=True):
+        end = descended(at, (sx, sy))
+        ahead = descended({n: p.detach().requires_grad_() for n, p in end.items()}, (qx, qy))
+        goal = functional_call(net(), {n: p.detach() for n, p in ahead.items()}, (qx,))
+        total = total + F.mse_loss(functional_call(net(), end, (qx,)), goal) / T
+    expected = torch.cat([g.reshape(-1) for g in torch.autograd.grad(total, list(at.values()))])
+    both.step()
+    assert error(flat(meta), expected) < 1e-10
+
+    meta, alone = graph(lambda models, batch: models.teacher(batch[1][0]).square().mean())
+    alone.step()
+    assert not flat(meta).any()
