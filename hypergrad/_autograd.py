@@ -61,7 +61,8 @@ def underlying(tensor: Tensor) -> Tensor:
 
 def all_finite(tensors: Sequence[Tensor]) -> Tensor:
     """Return whether all entries are finite, a scalar; inside `vmap`, for each example."""
-    vmap, rest = _single_vmap(), [tensor for tensor in tensors if tensor.numel()]  # an empty one has no largest entry
+    rest = [tensor for tensor in tensors if tensor.numel()]  # an empty one has no largest entry
+    vmap = None if torch.compiler.is_compiling() else _single_vmap()
     if vmap is None:
         return _finite_rows(rest, 1).squeeze(0)
     with temporarily_pop_interpreter_stack():
