@@ -68,10 +68,8 @@ class Recipe:
 
     def rests_without_gradient(self) -> bool:
         """Return whether a parameter stays where it is while its gradient is zero: plain gradient descent."""
-        return "weight_decay" not in self.hyper and all(
-            optimizer.is_linear and is_zero(optimizer.decay().coupled) and not keeps_tensors(optimizer)
-            for optimizer, _ in self.optimizer.groups
-        )
+        plain = "weight_decay" not in self.hyper and self._scales_gradient()
+        return plain and not any(keeps_tensors(optimizer) for optimizer, _ in self.optimizer.groups)
 
     def is_linear(self) -> bool:
         """Return whether the step's derivative in parameters, gradient and states needs the value of none of them."""
@@ -80,8 +78,12 @@ class Recipe:
 
     def is_descent(self, states: States) -> bool:
         """Return whether a step from these states is plain gradient descent, w - lr g."""
-        bare = self.is_linear() and not state_tensors(states)
-        return bare and all(is_zero(optimizer.decay().coupled) for optimizer, _ in self.optimizer.groups)
+        return self.is_linear() and self._scales_gradient() and not state_tensors(states)
+
+    def _scales_gradient(self) -> bool:
+        """Return whether every rule is linear and decays nothing by itself."""
+        rules = [optimizer for optimizer, _ in self.optimizer.groups]
+        return all(rule.is_linear and is_zero(rule.decay().coupled) for rule in rules)
 
     def update(self, flat: Tensor, grad: Tensor, states: States, upper: Params, index: int) -> tuple[Tensor, States]:
         """Return parameters and optimizer states after one step along `grad`."""
@@ -197,7 +199,7 @@ class Step:
                 (point, leaves), grad = self.leaves, self.taped
         if ended is None and self.recipe.is_descent(states):
             return self._pull_descent(point, leaves, grad, states, upper, bar)
-        with torch.enable_grad():
+        with torch.enable_grad(), second_order():
             new, new_states = self.recipe.update(point, grad, with_tensors(states, tensors), leaves, self.index)
         if ended is not None:
             apart = distance(self.recipe.layout, flat, ended, new.detach(), grad.detach(), 1)

@@ -105,9 +105,11 @@ def test_each_example_under_vmap_says_whether_its_own_gradient_is_finite() -> No
     def code(c: Tensor) -> Tensor:
         upper = {"c": c, "none": torch.zeros(0, dtype=c.dtype)}
         traj = hg.solved(lambda w, u, _: ((w["w"] - u["c"]) ** 2).sum(), {"w": torch.ones(2, dtype=c.dtype)})
-        method = hg.Implicit(hg.Exact())
-        upper_loss: Any = lambda w, u, _: (w["w"] ** 2).sum() + (u["c"] ** 2).sum()  # noqa: E731
-        return hg.hypergradient(upper_loss, traj, upper, method=method, throw=False).result
+
+        def upper_loss(w: dict[str, Tensor], u: dict[str, Tensor], _: Any) -> Tensor:
+            return (w["w"] ** 2).sum() + (u["c"] ** 2).sum()
+
+        return hg.hypergradient(upper_loss, traj, upper, method=hg.Implicit(hg.Exact()), throw=False).result
 
     many = torch.tensor([[1.0, 2.0], [math.inf, 0.0], [0.0, math.nan], [3.0, 1e300]], dtype=torch.float64)
     bad = torch.tensor([0, 1, 1, 1]) * int(hg.Result.NON_FINITE)  # the square of 1e300 is no number either
