@@ -14,10 +14,6 @@ import torch
 from torch import Tensor
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 
-from hypergrad._memory import keep_freed_memory
-
-keep_freed_memory()  # every step makes such vectors anew
-
 Params = dict[str, Tensor]
 """Named parameters of one level; the insertion order carries no meaning."""
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hypergrad._autocast import uncached_autocast
 from hypergrad._flat import Params, check_mode
+from hypergrad._memory import reusing_memory
 from hypergrad._random import RandomState, random_state, replaying, restore_random_state
 from hypergrad._tape import add
 from hypergrad._untouched import untouched
@@ -208,7 +209,7 @@ class Engine:
         if self.in_place is None:
             for name in self.graph.problems:
                 self.network.check_present(name)
-        with self._sharing(), uncached_autocast():
+        with reusing_memory(), self._sharing(), uncached_autocast():
             self._step_level(len(self.graph.levels) - 1, self.graph.levels[-1], 0, record)
         return record
 

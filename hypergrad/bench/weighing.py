@@ -6,10 +6,11 @@ import contextlib
 import ctypes
 import gc
 import json
+import os
 import resource
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from torch.profiler import ProfilerActivity, profile
@@ -18,6 +19,7 @@ _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
 """Parameters of glibc's mallopt."""
 
 _BLOCK = 65536
+_VARIABLE = "MALLOC_MMAP_THRESHOLD_"
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
@@ -25,15 +27,33 @@ def peak_bytes(run: Callable[[], object]) -> int:
 
     On Linux the system's high-water mark is set back before. Elsewhere it cannot be, and what earlier calls
     reached hides what this one takes. With glibc, blocks of 64 KiB and more are given back to the system as soon as
-    they are freed, from this call to the end of the process: by its default rule gaps between blocks count too, as many
-    as the history of the process has left. That costs time, so take times before.
+    they are freed: by its default rule gaps between blocks count too, as many as the history of the process has left.
+    That costs time, and may last to the end of the process, so take times before.
     """
     gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # where the C library can, give freed memory back first
+    with _freed_at_once():
+        return _rise(run)
+
+
+@contextlib.contextmanager
+def _freed_at_once() -> Iterator[None]:
+    """Let the C library give freed memory back, where it can; by the environment a contender knows that it is told."""
+    with contextlib.suppress(OSError, AttributeError):
         library = ctypes.CDLL("libc.so.6")
         library.mallopt(_MMAP_THRESHOLD, _BLOCK)
         library.mallopt(_TRIM_THRESHOLD, _BLOCK)
         library.malloc_trim(0)
+    before = os.environ.get(_VARIABLE)
+    os.environ[_VARIABLE] = str(_BLOCK)
+    try:
+        yield
+    finally:
+        del os.environ[_VARIABLE]
+        if before is not None:
+            os.environ[_VARIABLE] = before
+
+
+def _rise(run: Callable[[], object]) -> int:
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

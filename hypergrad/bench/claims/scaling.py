@@ -13,7 +13,7 @@ import importlib
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -68,26 +68,30 @@ def measure() -> list[Claim]:
 
 def lines() -> list[Line]:
     """Return the measured lines: CG in the number of parameters, an unrolled run in parameters and in steps."""
-    return [
-        _line("Implicit(CG(10))", "parameters", SIZES, lambda n: _case(n, 1, Implicit(CG(10, rtol=0.0)))),
-        _line("Unrolled(), 10 steps", "parameters", SIZES, lambda n: _case(n, 10, Unrolled())),
-        _line("Unrolled(), 100,000 parameters", "steps", STEPS, lambda k: _case(100_000, k, Unrolled())),
+    solve, unrolled = Implicit(CG(10, rtol=0.0)), Unrolled()
+    heads = [
+        ("Implicit(CG(10))", "parameters", SIZES, [_case(n, 1, solve) for n in SIZES]),
+        ("Unrolled(), 10 steps", "parameters", SIZES, [_case(n, 10, unrolled) for n in SIZES]),
+        ("Unrolled(), 100,000 parameters", "steps", STEPS, [_case(100_000, k, unrolled) for k in STEPS]),
     ]
+    seconds = [_times(runs) for *_, runs in heads]
+    peaks = [tuple(map(peak_bytes, runs)) for *_, runs in heads]  # after the times, which weighing changes
+    return [Line(*head[:3], s, p) for head, s, p in zip(heads, seconds, peaks, strict=True)]
 
 
-def _line(name: str, axis: str, sizes: tuple[int, ...], case: Callable[[int], Callable[[], object]]) -> Line:
-    """Return a line, its repeats interleaved over the sizes so that a slow minute slows them all."""
-    runs = [case(size) for size in sizes]
-    for run in runs:
-        run()
-    seconds: list[list[float]] = [[] for _ in sizes]
+def _times(runs: Sequence[Callable[[], object]]) -> tuple[tuple[float, ...], ...]:
+    """Return the seconds of each, the repeats interleaved so that a slow minute slows them all.
+
+    Each is called once before it is timed: what the larger one before it has left in memory is not its own cost.
+    """
+    seconds: list[list[float]] = [[] for _ in runs]
     for _ in range(REPEATS):
         for run, times in zip(runs, seconds, strict=True):
+            run()
             began = time.perf_counter()
             run()
             times.append(time.perf_counter() - began)
-    peaks = tuple(peak_bytes(run) for run in runs)  # after the times, which weighing changes
-    return Line(name, axis, sizes, tuple(tuple(times) for times in seconds), peaks)
+    return tuple(map(tuple, seconds))
 
 
 def _case(num_params: int, steps: int, method: Method) -> Callable[[], object]:
