@@ -24,6 +24,7 @@ LAYERS: dict[str, float] = {
     "_common_factor": 0,
     "_tape": 0,
     "_compiled_check": 0.05,
+    "_convolutions": 0,
     "_stacked": 0.1,
     "_transposes": 0,
     "_compiled": 0.1,
