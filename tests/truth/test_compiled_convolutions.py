@@ -1,4 +1,4 @@
-"""Second derivatives of convolutions as they are traced: those of eager mode, in as many kernels whatever the groups."""
+"""Second derivatives of convolutions as they are traced: as in eager mode, in as many kernels whatever the groups."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 
 import hypergrad as hg
 from hypergrad import _convolutions
@@ -84,9 +85,17 @@ def test_tasks_take_as_many_convolutions_whatever_their_number() -> None:
 
     def convolutions(tasks: int) -> int:
         arguments = _draw(tasks, 4, 4, 3, 3), _draw(tasks, 2, 4, 7, 7), _draw(tasks, 4, 4, 3, 3)
-        graph = make_fx(product)(*arguments)
-        torch.testing.assert_close(graph(*arguments), product(*arguments))
-        return sum("convolution" in str(node.target) for node in graph.graph.nodes)
+        counted: list[int] = []
+
+        def keep(graph: torch.fx.GraphModule, _: Any) -> Any:
+            counted.append(sum("convolution" in str(node.target) for node in graph.graph.nodes))
+            return make_boxed_func(graph.forward)
+
+        backend = aot_autograd(fw_compiler=keep)
+        traced = torch.compile(product, backend=backend, fullgraph=True, dynamic=False)(*arguments)
+        torch.testing.assert_close(traced, product(*arguments))
+        (count,) = counted
+        return count
 
     assert convolutions(2) == convolutions(7) > 0
 
