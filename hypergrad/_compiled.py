@@ -21,15 +21,12 @@ from torch._functorch import config as functorch_config
 from torch.utils import _pytree as pytree
 
 from hypergrad._compiled_check import agrees
-from hypergrad._convolutions import trace_groups_together
 from hypergrad._eager import compiled_again
 from hypergrad._flat import Layout, Params
 from hypergrad._functional import Loss, Residual, in_transform, scalar
 from hypergrad._random import RandomState, random_state, restore_random_state
 from hypergrad._tape import Tape, explained_grad, named, second_order
 from hypergrad._untouched import called_modules, on_copies
-
-trace_groups_together()
 
 Compile = bool | str
 """Whether to compile: False, True for torch's default backend, or the name of a backend of `torch.compile`."""

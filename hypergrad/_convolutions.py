@@ -1,4 +1,4 @@
-"""The second derivative of convolutions, as `torch.compile` traces it.
+"""The second derivative of convolutions, of all groups at once.
 
 Under `vmap` a convolution with weights for each task is one convolution whose groups are the tasks. PyTorch takes its
 second derivative group by group: as many kernels as tasks, to compile as well as to run. The same sums are convolutions
@@ -8,8 +8,8 @@ L = sum(c * conv(x, w)) and their cotangents, dx for dL/dx and dw for dL/dw,
     of c:  conv(dx, w) + conv(x, dw),      of x:  the derivative of sum(c * conv(x, dw)) in x,
                                            of w:  the derivative of sum(c * conv(dx, w)) in w.
 
-The rule serves tracing alone. In eager mode, where it would have to stand before every operation of a backward pass,
-nothing is gained.
+That is faster for a single group too, by up to a fifth. It stands in for PyTorch's own function in what is traced, and
+in eager mode while a call of the library is under way.
 """
 
 from __future__ import annotations
@@ -22,8 +22,11 @@ import torch
 from torch import Tensor
 from torch._C import DispatchKey  # pyright: ignore[reportAttributeAccessIssue]
 
+from hypergrad._calls import is_under_way
+
 _convolution = torch.ops.aten.convolution.default
 _backward = torch.ops.aten.convolution_backward.default
+_library: Any = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
 _second = torch.ops.aten._convolution_double_backward.default
 
 
@@ -74,7 +77,15 @@ def second_derivative(
     return of_cotangent, of_x, of_weight
 
 
-def trace_groups_together() -> None:
-    """Register the rule for tracing, unless PyTorch has one."""
-    if DispatchKey.CompositeImplicitAutograd not in _second.py_kernels:
-        _second.py_impl(DispatchKey.CompositeImplicitAutograd)(second_derivative)
+def replace_second_derivative() -> None:
+    """Let this stand in for PyTorch's function: in tracing, and in eager mode while a call is under way."""
+    for key in (DispatchKey.AutogradCPU, DispatchKey.AutogradCUDA):
+        if key not in _second.py_kernels:
+            _second.py_impl(key)(second_derivative)
+            _library.impl("_convolution_double_backward", _chosen, key.name)
+
+
+def _chosen(*arguments: Any) -> Any:
+    if is_under_way():
+        return second_derivative(*arguments)
+    return _second._op_dk(DispatchKey.CompositeImplicitAutograd, *arguments)

@@ -22,9 +22,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hypergrad._autograd import as_leaves, by_autograd, grads, is_connected, leaf, underlying
 from hypergrad._common_factor import CommonFactor, Traffic
+from hypergrad._convolutions import replace_second_derivative
 from hypergrad._eager import eagerly, is_eager
 from hypergrad._flat import Params
 from hypergrad._functional import Residual, in_transform
+
+replace_second_derivative()
 
 TapeKind = Literal["auto", "autograd", "transform"]
 

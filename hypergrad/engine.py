@@ -14,8 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from hypergrad._autocast import uncached_autocast
+from hypergrad._calls import under_way
 from hypergrad._flat import Params, check_mode
-from hypergrad._memory import reusing_memory
 from hypergrad._random import RandomState, random_state, replaying, restore_random_state
 from hypergrad._tape import add
 from hypergrad._untouched import untouched
@@ -209,7 +209,7 @@ class Engine:
         if self.in_place is None:
             for name in self.graph.problems:
                 self.network.check_present(name)
-        with reusing_memory(), self._sharing(), uncached_autocast():
+        with under_way(), self._sharing(), uncached_autocast():
             self._step_level(len(self.graph.levels) - 1, self.graph.levels[-1], 0, record)
         return record
 

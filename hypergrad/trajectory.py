@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from hypergrad._autograd import as_leaves, by_autograd, leaf, underlying
+from hypergrad._calls import under_way
 from hypergrad._flat import Layout, Params, as_params, check_params, constant
 from hypergrad._functional import Loss, check_signature, in_transform
-from hypergrad._memory import reusing_memory
 from hypergrad._random import RandomState, random_state, replaying, same_state
 from hypergrad._untouched import Buffers, buffers_at_first, buffers_left, untouched
 from hypergrad.fused import fused
@@ -239,7 +239,7 @@ def descend(
     recipe = Recipe(lower_loss, layout, bound_optimizer, dict(hyper or {}), clip_norm, clip_value, project)
     recording = recording or Recording()
     steps: list[Step] = []
-    with reusing_memory(), untouched(layout.device):
+    with under_way(), untouched(layout.device):
         drawn = random_state(layout.device)
         flat = constant(layout.record(initial if start is None else _started(start, constants, initial)))
         random = random_state(layout.device)

@@ -11,7 +11,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS: dict[str, float] = {
-    "_memory": 0,
+    "_memory": -1,
+    "_calls": -0.9,
+    "_convolutions": -0.8,
     "_flat": 0,
     "_again": 0,
     "_autocast": 0,
@@ -24,7 +26,6 @@ LAYERS: dict[str, float] = {
     "_common_factor": 0,
     "_tape": 0,
     "_compiled_check": 0.05,
-    "_convolutions": 0,
     "_stacked": 0.1,
     "_transposes": 0,
     "_compiled": 0.1,

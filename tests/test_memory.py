@@ -84,10 +84,10 @@ def test_during_a_call_larger_ones_are_kept_too_and_after_it_no_longer() -> None
 
 def test_a_call_ends_when_the_first_one_begun_does_and_by_an_exception_too() -> None:
     program = """
-from hypergrad._memory import reusing_memory
+from hypergrad._calls import under_way
 
 try:
-    with reusing_memory():
+    with under_way():
         descend()
         print(is_kept(80))
         raise KeyError

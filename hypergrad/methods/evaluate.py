@@ -12,9 +12,9 @@ from torch import Tensor
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.utils import _pytree as pytree
 
+from hypergrad._calls import under_way
 from hypergrad._flat import Params, as_params, check_params
 from hypergrad._functional import check_signature, in_transform
-from hypergrad._memory import reusing_memory
 from hypergrad._result import Result, SolveError, Stats
 from hypergrad._tape import vjp
 from hypergrad._untouched import going_on_from, untouched
@@ -124,7 +124,7 @@ def hypergradient(
             "throw=True reads the solve's result back, which is not possible inside torch.func transforms or "
             "torch.compile. Pass throw=False and look at h.result afterwards."
         )
-    with reusing_memory(), untouched(traj.layout.device):
+    with under_way(), untouched(traj.layout.device):
         total = method.total(upper_loss, traj, as_params(upper), batch, state)
     check_pulled(method, total, upper, Total)
     grad = _like(upper, total.grad)
@@ -175,7 +175,7 @@ def best_response(traj: Trajectory, upper: Mapping[str, Tensor], *, method: Meth
         params = dict(zip(names, tensors, strict=True))
         if method.differentiable and (in_transform() or torch.is_grad_enabled()):
             around = untouched(traj.layout.device) if traj.buffers else contextlib.nullcontext()
-            with reusing_memory(), breakdowns_raise(throw), around, going_on_from(traj.buffers):
+            with under_way(), breakdowns_raise(throw), around, going_on_from(traj.buffers):
                 pulled = method.differentiable_vjp(traj, end, params, cotangent)
             check_cotangents(method, pulled, params, "differentiable_vjp")
         elif in_transform() or torch.is_grad_enabled():
@@ -186,7 +186,7 @@ def best_response(traj: Trajectory, upper: Mapping[str, Tensor], *, method: Meth
 
     def once(cotangent: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
         params = as_params(dict(zip(names, tensors, strict=True)))
-        with reusing_memory(), untouched(traj.layout.device), going_on_from(traj.buffers):
+        with under_way(), untouched(traj.layout.device), going_on_from(traj.buffers):
             outcome = method.vjp(traj, params, cotangent.detach())
         check_pulled(method, outcome, params)
         if throw and not in_transform():

@@ -1,4 +1,4 @@
-"""Second derivatives of convolutions as they are traced: as in eager mode, in as many kernels whatever the groups."""
+"""Our second derivative of convolutions is PyTorch's, in as many kernels whatever the groups; and where it is used."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch._functorch.aot_autograd import make_boxed_func
 
 import hypergrad as hg
 from hypergrad import _convolutions
+from hypergrad._calls import under_way
 
 CONVOLUTIONS: list[tuple[Callable[..., Tensor], tuple[int, ...], tuple[int, ...], dict[str, Any]]] = [
     (torch.conv1d, (2, 6, 9), (9, 2, 3), {"groups": 3, "padding": 1, "stride": 2}),
@@ -49,7 +50,7 @@ def _second(convolution: Callable[..., Tensor], options: dict[str, Any], of: Any
 
 @pytest.mark.parametrize("of", [(0,), (1,), (2,), (0, 1, 2)])
 @pytest.mark.parametrize(("convolution", "x", "w", "options"), CONVOLUTIONS)
-def test_a_traced_second_derivative_is_the_eager_one(
+def test_a_second_derivative_is_that_of_pytorch(
     convolution: Callable[..., Tensor], x: Any, w: Any, options: dict[str, Any], of: Any
 ) -> None:
     groups = options.get("groups", 1)
@@ -57,11 +58,35 @@ def test_a_traced_second_derivative_is_the_eager_one(
     arguments = _draw(*x), _draw(*w), _draw(out)
     second = _second(convolution, options, of)
     expected = second(*arguments)
+    with under_way():
+        torch.testing.assert_close(second(*arguments), expected)
     traced = torch.compile(second, backend="aot_eager", fullgraph=True, dynamic=False)(*arguments)
     torch.testing.assert_close(traced, expected)
 
 
-def test_a_third_derivative_is_that_of_eager_mode_too() -> None:
+@pytest.mark.parametrize("frozen", [(), (0,), (1,), (0, 2), (1, 2)])
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_by_autograd_with_some_arguments_constant(frozen: tuple[int, ...], create_graph: bool) -> None:
+    arguments = [
+        a.requires_grad_(k not in frozen) for k, a in enumerate((_draw(2, 4, 5, 5), _draw(6, 2, 3, 3), _draw(6)))
+    ]
+    leaves = [a for a in arguments if a.requires_grad]
+
+    def second() -> list[Tensor]:
+        total = torch.conv2d(*arguments, groups=2).tanh().square().sum()
+        slopes = torch.autograd.grad(total, leaves, create_graph=True)
+        value = torch.stack([(g.sin() * g).sum() for g in slopes]).sum()
+        found = torch.autograd.grad(value, leaves, create_graph=create_graph)
+        if create_graph:
+            found += torch.autograd.grad(torch.stack([(g * g).sum() for g in found]).sum(), leaves)
+        return [g.detach() for g in found]
+
+    expected = second()
+    with under_way():
+        torch.testing.assert_close(second(), expected)
+
+
+def test_a_third_derivative_is_that_of_pytorch_too() -> None:
     x, w, b = _draw(2, 4, 5, 5), _draw(6, 2, 3, 3), _draw(6)
     second = _second(torch.conv2d, {"groups": 2}, (0, 1))
 
@@ -69,8 +94,11 @@ def test_a_third_derivative_is_that_of_eager_mode_too() -> None:
         value: Tensor = torch.func.grad(lambda at: sum((g.sin() * g).sum() for g in second(x, at, b)))(w)
         return value
 
+    expected = third(w)
+    with under_way():
+        torch.testing.assert_close(third(w), expected)
     traced = torch.compile(third, backend="aot_eager", fullgraph=True)(w)
-    torch.testing.assert_close(traced, third(w))
+    torch.testing.assert_close(traced, expected)
 
 
 def test_tasks_take_as_many_convolutions_whatever_their_number() -> None:
@@ -100,7 +128,12 @@ def test_tasks_take_as_many_convolutions_whatever_their_number() -> None:
     assert convolutions(2) == convolutions(7) > 0
 
 
-def test_a_compiled_run_of_tasks_uses_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+def _loss(lower: dict[str, Tensor], upper: dict[str, Tensor], batch: Tensor) -> Tensor:
+    return (torch.conv2d(batch, lower["w"]).tanh().mean(dim=(1, 2, 3)) * upper["u"]).sum()
+
+
+def _used(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that grows with each convolution of the rule."""
     calls: list[int] = []
     plain = _convolutions._convolution
 
@@ -110,16 +143,20 @@ def test_a_compiled_run_of_tasks_uses_the_rule(monkeypatch: pytest.MonkeyPatch) 
         return found
 
     monkeypatch.setattr(_convolutions, "_convolution", counting)
+    return calls
 
-    def loss(lower: dict[str, Tensor], upper: dict[str, Tensor], batch: Tensor) -> Tensor:
-        return (torch.conv2d(batch, lower["w"]).tanh().mean(dim=(1, 2, 3)) * upper["u"]).sum()
 
+@pytest.mark.parametrize("method", [hg.Unrolled(), hg.Unrolled(compile="aot_eager"), hg.Implicit(hg.CG(2))])
+def test_calls_of_the_library_use_it(method: hg.Method, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = _used(monkeypatch)
     lower, upper, batch = {"w": _draw(3, 2, 3, 3)}, {"u": _draw(4)}, _draw(4, 2, 6, 6)
-
-    def found(method: hg.Method) -> Tensor:
-        run = hg.descend(loss, lower, upper, optimizer=hg.optim.SGD(lr=0.1), batches=[batch] * 2)
-        return hg.hypergradient(lambda w, u, b: w["w"].square().sum(), run, upper, method=method).grad["u"]
-
-    compiled = found(hg.Unrolled(compile="aot_eager"))
+    run = hg.descend(_loss, lower, upper, optimizer=hg.optim.SGD(lr=0.1), batches=[batch] * 2)
+    hg.hypergradient(lambda w, u, b: w["w"].square().sum(), run, upper, method=method, throw=False)
     assert calls
-    torch.testing.assert_close(compiled, found(hg.Unrolled()))
+
+
+def test_others_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = _used(monkeypatch)
+    x, w, b = _draw(2, 4, 5, 5), _draw(6, 2, 3, 3), _draw(6)
+    _second(torch.conv2d, {"groups": 2}, (0, 1))(x, w, b)
+    assert not calls
