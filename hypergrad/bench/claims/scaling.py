@@ -76,7 +76,7 @@ def lines() -> list[Line]:
     ]
     seconds = [_times(runs) for *_, runs in heads]
     peaks = [tuple(map(peak_bytes, runs)) for *_, runs in heads]  # after the times, which weighing changes
-    return [Line(*head[:3], s, p) for head, s, p in zip(heads, seconds, peaks, strict=True)]
+    return [Line(name, axis, sizes, s, p) for (name, axis, sizes, _), s, p in zip(heads, seconds, peaks, strict=True)]
 
 
 def _times(runs: Sequence[Callable[[], object]]) -> tuple[tuple[float, ...], ...]:
