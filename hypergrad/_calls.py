@@ -11,7 +11,8 @@ import torch
 from hypergrad._memory import keep_all, keep_some
 
 _lock = threading.Lock()
-_count = 0
+_open: list[None] = []
+"""One entry for each call that is under way."""
 
 
 def under_way() -> contextlib.AbstractContextManager[None]:
@@ -21,24 +22,19 @@ def under_way() -> contextlib.AbstractContextManager[None]:
 
 def is_under_way() -> bool:
     """Return whether there is one now."""
-    return _count > 0
+    return bool(_open)
 
 
 @contextlib.contextmanager
 def _under_way() -> Iterator[None]:
-    _add(1)
+    with _lock:
+        if not _open:
+            keep_all()
+        _open.append(None)
     try:
         yield
     finally:
-        _add(-1)
-
-
-def _add(calls: int) -> None:
-    """Count calls that begin or end; of those that overlap, the first and the last one change what is kept."""
-    global _count  # noqa: PLW0603 - the process's
-    with _lock:
-        before, _count = _count, _count + calls
-        if before == 0:
-            keep_all()
-        elif _count == 0:
-            keep_some()
+        with _lock:
+            _open.pop()
+            if not _open:
+                keep_some()
